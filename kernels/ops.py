@@ -1,0 +1,51 @@
+"""The operations of the hot path, an op a file, chosen once when a model is loaded.
+
+The engine calls them only through the `Ops` that `select` returns, so that a model never asks
+which backend runs it. The references are plain torch and run on every device.
+
+This folder is the package nanoglimpse.kernels and has no `__init__.py` on purpose: with one, a
+program started in the checkout would find it when transformers looks for the published package of
+the name `kernels`, and fail.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .attention import attention
+from .decode import decode_attention, row_logits
+from .keep import keep_rows
+from .norm import rms_norm
+from .packing import Packing
+from .rope import Rope, rotate
+from .swiglu import swiglu
+
+__all__ = ["BACKENDS", "TORCH", "Ops", "Packing", "Rope", "select"]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of every operation; signatures and contracts stand at the references."""
+
+    attention: Callable
+    decode_attention: Callable
+    row_logits: Callable
+    keep_rows: Callable
+    rms_norm: Callable
+    rotate: Callable
+    swiglu: Callable
+
+
+TORCH = Ops(attention, decode_attention, row_logits, keep_rows, rms_norm, rotate, swiglu)
+BACKENDS = {"auto": TORCH, "torch": TORCH}
+
+
+def select(backend: str) -> Ops:
+    """The operations of a backend by name.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
+    return BACKENDS[backend]

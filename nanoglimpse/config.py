@@ -1,0 +1,379 @@
+"""Configuration, read strictly from a checkpoint's config.json.
+
+Fields carry the names of the file. Both key layouts of the ecosystem are read: flat (transformers
+4.x: text keys at the top, `rope_scaling`, `in_chans`) and nested (5.x: `text_config`,
+`rope_parameters`, `in_channels`), and the mixture that 4.52 to 4.57 wrote. A key that is neither
+used nor named on an ignore list is an error, and so is a missing one: a reader that drops what it
+does not know loses `window_size` without a word, and with it the window attention.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args
+
+from .errors import NanoglimpseError
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """`vision_config`: the windowed vision transformer and its merger."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    window_size: int
+    fullatt_block_indexes: tuple[int, ...]
+    tokens_per_second: float
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that the merger turns into one visual token."""
+        return self.spatial_merge_size**2
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of one patch: channels · frames · height · width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`text_config`, or the text keys at the top of a flat file: the decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class Config:
+    """A Qwen2.5-VL checkpoint."""
+
+    text_config: TextConfig
+    vision_config: VisionConfig
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    eos_token_id: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GlimpseConfig:
+    """The keys that GlimpsePrune adds (official configuration.py; values in the paper, Tab. 14)."""
+
+    reduce_layer: int
+    selected_layers: tuple[int, ...]
+    le_layers: tuple[int, ...]
+    attn_fuse_size: int
+    visual_cond_size: int
+    attn_fuse_num_heads: int
+    attn_fuse_global: bool
+    selected_visual_layers: tuple[int, ...]
+    deep_supervision: bool
+    reduce_threshold: float = 0.5
+    min_remain_num: int | None = 1
+    max_remain_ratio: float | None = None
+    anchor_positions: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> int:
+        """K, the number of decoder layers that see every visual token (paper Sec. 4)."""
+        return self.reduce_layer + 1
+
+
+_COMMON_IGNORED = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "initializer_range",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+}
+_TEXT_FIXED = {"hidden_act": "silu", "use_sliding_window": False}
+_TEXT_IGNORED = {
+    "attention_dropout",
+    "bos_token_id",
+    "layer_types",
+    "max_window_layers",
+    "pad_token_id",
+    "sliding_window",
+    "use_cache",
+    "vision_token_id",
+}
+_ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}
+_VISION_FIXED = {"hidden_act": "silu", "rope_parameters": {"rope_theta": 1e4, "rope_type": "axial"}}
+_VISION_IGNORED = {"spatial_patch_size"}
+_GLIMPSE_FIXED = {
+    "attn_fuse_type": "AttnFuserV1",
+    "attn_fuse_hidden_act": "silu",
+    "use_attention_logits": True,
+    "le_length": 1,
+    "le_norm_type": "rmsnorm",
+    "use_ref_masks": False,
+    "use_zero_masks": False,
+    "fixed_remain_ratio": None,
+}
+# The first two act in training alone, the third names an implementation.
+_GLIMPSE_IGNORED = {"le_dropout_prob", "ori_attn_supervision", "attn_fuse_use_flash_attn"}
+ANCHORS = ("tl", "tr", "bl", "br")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        NanoglimpseError: no such file, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NanoglimpseError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise NanoglimpseError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise NanoglimpseError(f"{path} holds {type(data).__name__}, not a JSON object")
+    return data
+
+
+def read_config(path: Path) -> Config:
+    """The model configuration in `path`, a checkpoint's config.json.
+
+    Raises:
+        NanoglimpseError: a key is unknown, missing or of the wrong kind; the message names it.
+    """
+    return parse_config(read_json(path), str(path))
+
+
+def read_glimpse_config(path: Path) -> tuple[Config, GlimpseConfig]:
+    """Base and glimpse configuration in `path`, the config.json beside the glimpse weights.
+
+    Raises:
+        NanoglimpseError: as `read_config`; also when the file has no glimpse keys.
+    """
+    data = read_json(path)
+    names = _names(GlimpseConfig) | _GLIMPSE_FIXED.keys() | _GLIMPSE_IGNORED
+    base = parse_config({k: v for k, v in data.items() if k not in names}, str(path))
+    own = {k: v for k, v in data.items() if k in names}
+    glimpse = _build(GlimpseConfig, own, str(path), _GLIMPSE_FIXED, _GLIMPSE_IGNORED)
+    _check_glimpse(base, glimpse, str(path))
+    return base, glimpse
+
+
+def parse_config(data: Mapping[str, Any], where: str) -> Config:
+    """A `Config` from the content of config.json; `where` names the file in errors."""
+    if data.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_gp"):
+        found = data.get("model_type")
+        raise NanoglimpseError(f"{where}: model_type is {found!r}; only 'qwen2_5_vl' can be loaded")
+    text_names = _names(TextConfig) | _TEXT_FIXED.keys() | _TEXT_IGNORED | _ROPE_KEYS
+    own_names = _names(Config)
+    if "text_config" in data:
+        text, text_where = dict(_section(data, "text_config", where)), f"{where} (text_config)"
+    else:
+        text, text_where = {k: v for k, v in data.items() if k in text_names}, where
+    vision = dict(_section(data, "vision_config", where))
+    # transformers 4.52 to 4.57 repeats keys of one section in the other; the owner's value counts.
+    own = {k: text[k] for k in ("tie_word_embeddings", "eos_token_id") if k in text}
+    own |= {k: v for k, v in data.items() if k not in text_names}
+    own["eos_token_id"] = _token_ids(own.get("eos_token_id"))
+    own["text_config"] = _build(
+        TextConfig,
+        _flat_rope(text, text_where),
+        text_where,
+        _TEXT_FIXED,
+        _TEXT_IGNORED | _COMMON_IGNORED | own_names,
+    )
+    own["vision_config"] = _build(
+        VisionConfig,
+        _in_channels(vision, where),
+        f"{where} (vision_config)",
+        _VISION_FIXED,
+        _VISION_IGNORED | _COMMON_IGNORED,
+    )
+    config = _build(Config, own, where, {}, _COMMON_IGNORED)
+    _check(config, where)
+    return config
+
+
+def _names(cls: type) -> set[str]:
+    return {f.name for f in fields(cls)}
+
+
+def _section(data: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    section = data.get(name)
+    if not isinstance(section, dict):
+        raise NanoglimpseError(f"{where}: key '{name}' is missing or not an object")
+    return section
+
+
+def _token_ids(value: Any) -> Any:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value
+
+
+def _flat_rope(text: dict[str, Any], where: str) -> dict[str, Any]:
+    """`rope_scaling` (4.x) or `rope_parameters` (5.x) as `rope_theta` and `mrope_section`."""
+    flat = {k: v for k, v in text.items() if k not in _ROPE_KEYS}
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if not isinstance(rope, dict) or "mrope_section" not in rope:
+        raise NanoglimpseError(f"{where}: no mrope_section in rope_scaling or rope_parameters")
+    kinds = {rope[key] for key in ("type", "rope_type") if key in rope}
+    if not kinds <= {"mrope", "default"}:
+        raise NanoglimpseError(f"{where}: rope type {sorted(kinds)} is not supported, only mrope")
+    unknown = rope.keys() - {"type", "rope_type", "mrope_section", "rope_theta"}
+    if unknown:
+        raise NanoglimpseError(f"{where}: unknown key '{min(unknown)}' in the rope parameters")
+    flat["mrope_section"] = rope["mrope_section"]
+    theta = {"rope_theta": text.get("rope_theta")} | rope
+    if theta["rope_theta"] is not None:
+        flat["rope_theta"] = theta["rope_theta"]
+    return flat
+
+
+def _in_channels(vision: dict[str, Any], where: str) -> dict[str, Any]:
+    """`in_chans` (4.x) as `in_channels` (5.x); where both stand they agree."""
+    old = vision.pop("in_chans", None)
+    if old is not None and vision.setdefault("in_channels", old) != old:
+        new = vision["in_channels"]
+        raise NanoglimpseError(f"{where} (vision_config): in_chans {old} but in_channels {new}")
+    return vision
+
+
+def _build(
+    cls: type,
+    data: Mapping[str, Any],
+    where: str,
+    fixed: Mapping[str, Any],
+    ignored: Collection[str],
+) -> Any:
+    """An instance of the dataclass `cls`; every key of `data` is used, fixed or ignored by name."""
+    known = {f.name: f for f in fields(cls)}
+    for key, value in data.items():
+        if key in fixed and value != fixed[key]:
+            raise NanoglimpseError(f"{where}: {key} is {value!r}; only {fixed[key]!r} is supported")
+        if key not in known and key not in fixed and key not in ignored:
+            raise NanoglimpseError(f"{where}: unknown key '{key}' (neither used nor ignored)")
+    for name, field in known.items():
+        if name not in data and field.default is MISSING:
+            raise NanoglimpseError(f"{where}: key '{name}' is missing")
+    used = {name: data[name] for name in known if name in data}
+    return cls(**{name: _typed(known[name].type, v, name, where) for name, v in used.items()})
+
+
+_KINDS = {
+    int: lambda v: type(v) is int,
+    bool: lambda v: type(v) is bool,
+    float: lambda v: type(v) in (int, float),
+    tuple[int, ...]: lambda v: isinstance(v, list | tuple) and all(type(i) is int for i in v),
+    tuple[str, ...]: lambda v: isinstance(v, list | tuple) and all(type(i) is str for i in v),
+    NoneType: lambda v: v is None,
+    TextConfig: lambda v: isinstance(v, TextConfig),
+    VisionConfig: lambda v: isinstance(v, VisionConfig),
+}
+
+
+def _typed(kind: Any, value: Any, name: str, where: str) -> Any:
+    """`value` as the type that a field declares; text is never taken for a number."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    for option in options:
+        if _KINDS[option](value):
+            return tuple(value) if isinstance(value, list) else value
+    wanted = " or ".join(str(getattr(o, "__name__", o)) for o in options)
+    raise NanoglimpseError(f"{where}: {name} is {value!r}, not {wanted}")
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise NanoglimpseError(message)
+
+
+def _check(config: Config, where: str) -> None:
+    """Relations between keys without which the shapes of the model make no sense."""
+    text, vision = config.text_config, config.vision_config
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    section, unit = text.mrope_section, vision.patch_size * vision.spatial_merge_size
+    _require(
+        text.hidden_size % heads == 0 == heads % kv_heads,
+        f"{where}: hidden_size {text.hidden_size}, num_attention_heads {heads} and "
+        f"num_key_value_heads {kv_heads} do not divide each other",
+    )
+    _require(
+        len(section) == 3 and 2 * sum(section) == text.head_dim,
+        f"{where}: mrope_section {section} is not three numbers that add up to {text.head_dim}/2",
+    )
+    _require(
+        vision.hidden_size % (4 * vision.num_heads) == 0,
+        f"{where}: vision hidden_size {vision.hidden_size} is no multiple of 4 · num_heads",
+    )
+    _require(
+        vision.out_hidden_size == text.hidden_size,
+        f"{where}: vision out_hidden_size {vision.out_hidden_size} is not hidden_size",
+    )
+    _require(
+        vision.window_size >= unit,
+        f"{where}: window_size {vision.window_size} is smaller than one visual token, {unit} px",
+    )
+    _require(
+        set(vision.fullatt_block_indexes) <= set(range(vision.depth)),
+        f"{where}: fullatt_block_indexes {vision.fullatt_block_indexes} leave the depth",
+    )
+
+
+def _check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
+    depth, heads = base.text_config.num_hidden_layers, glimpse.attn_fuse_num_heads
+    size, taps = glimpse.attn_fuse_size, glimpse.selected_visual_layers
+    _require(
+        0 <= glimpse.reduce_layer < depth,
+        f"{where}: reduce_layer {glimpse.reduce_layer} lies outside the {depth} layers",
+    )
+    _require(
+        len(glimpse.selected_layers) > 0
+        and set(glimpse.selected_layers) <= set(range(glimpse.layers)),
+        f"{where}: selected_layers {glimpse.selected_layers} must lie in 0 to reduce_layer",
+    )
+    _require(
+        0 in glimpse.le_layers and set(glimpse.le_layers) <= set(range(depth)),
+        f"{where}: le_layers {glimpse.le_layers} must hold layer 0 and lie inside the model",
+    )
+    _require(
+        len(taps) > 0 and set(taps) <= set(range(base.vision_config.depth)),
+        f"{where}: selected_visual_layers {taps} must name blocks of the vision encoder",
+    )
+    _require(
+        size % heads == 0 == (size + glimpse.visual_cond_size) % (4 * heads),
+        f"{where}: attn_fuse_num_heads {heads} does not divide the predictor's widths",
+    )
+    _require(
+        set(glimpse.anchor_positions) <= set(ANCHORS),
+        f"{where}: anchor_positions {glimpse.anchor_positions} are not among {ANCHORS}",
+    )

@@ -1,0 +1,138 @@
+"""The decoder of Qwen2.5-VL over packed sequences and a contiguous cache.
+
+A block has two verbs. `write` puts the keys and values of rows into the cache; `attend` runs the
+rest for the rows whose result is wanted, which may be fewer: in the last layer that is the last row
+of each prompt. `forward` and `step` are both verbs for the same rows, with one fused projection.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Cache, Rows
+from .config import Config, TextConfig
+from .kernels.ops import Ops, Packing, Rope
+from .layers import MLP, FusedLinear, Linear, Module, RMSNorm
+
+
+class Block(Module):
+    """A decoder layer; T rows of packed sequences, B of them, C wide."""
+
+    def __init__(self, config: TextConfig, ops: Ops):
+        super().__init__()
+        self.ops = ops
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv_shape = (-1, self.heads + 2 * self.kv_heads, self.head_dim)
+        size, q, kv = config.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        self.input_layernorm = RMSNorm(size, config.rms_norm_eps, ops)
+        self.qkv = FusedLinear(size, (q, kv, kv), bias=True)
+        self.o = Linear(q, size, bias=False)
+        self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps, ops)
+        self.mlp = MLP(size, config.intermediate_size, bias=False, ops=ops)
+
+    def forward(
+        self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows, packing: Packing
+    ) -> Tensor:
+        """Prefill: writes and attends whole sequences, [T, C] -> [T, C]."""
+        q, k, v = self.project(hidden, rope)
+        cache.append(layer, rows, k, v)
+        return self.finish(hidden, self.ops.attention(q, k, v, packing, causal=True))
+
+    def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
+        """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""
+        q, k, v = self.project(hidden, rope)
+        cache.append(layer, rows, k, v)
+        return self.finish(hidden, self.look_back(q, cache, layer))
+
+    def write(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> None:
+        """Keys and values of rows [T, C] into the cache."""
+        k, v = self.linear_heads(hidden, self.heads, self.heads + 2 * self.kv_heads).chunk(2, dim=1)
+        cache.append(layer, rows, self.ops.rotate(k, rope), v)
+
+    def attend(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int) -> Tensor:
+        """The last written row of each sequence, [B, C] -> [B, C]."""
+        return self.finish(hidden, self.look_back(self.query(hidden, rope), cache, layer))
+
+    def query(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """q [T, HQ, D] of rows [T, C]."""
+        return self.ops.rotate(self.linear_heads(hidden, 0, self.heads), rope)
+
+    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, HQ, D], k and v [T, H, D] of rows [T, C]."""
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        rotated = self.ops.rotate(qkv[:, : -self.kv_heads], rope)
+        return rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, -self.kv_heads :]
+
+    def linear_heads(self, hidden: Tensor, first: int, stop: int) -> Tensor:
+        """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""
+        part = slice(first * self.head_dim, stop * self.head_dim)
+        weight, bias = self.qkv.weight[part], self.qkv.bias[part]
+        out = F.linear(self.input_layernorm(hidden), weight, bias)
+        return out.view(len(hidden), -1, self.head_dim)
+
+    def look_back(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Attention of one row a sequence, q [B, HQ, D], to the rows that the cache holds."""
+        k, v = cache.k_heads[layer], cache.v_heads[layer]
+        return self.ops.decode_attention(q, k, v, cache.starts, cache.lengths)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, MLP and the two residual sums."""
+        hidden = self.o(attended).add_(hidden)
+        return self.mlp(self.post_attention_layernorm(hidden)).add_(hidden)
+
+
+class Decoder(Module):
+    """Embedding, layers and head."""
+
+    def __init__(self, config: Config, ops: Ops):
+        super().__init__()
+        text = config.text_config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(Block(text, ops) for _ in range(text.num_hidden_layers))
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.tied = config.tie_word_embeddings
+
+    def prefill_tail(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        cache: Cache,
+        rows: Rows,
+        packing: Packing,
+        first: int,
+        last_rows: Tensor,
+    ) -> Tensor:
+        """Layers `first`… to the logits [B, vocab] of `last_rows`; the last layer for them alone.
+
+        Args:
+            hidden: [T, C], the input of layer `first`.
+            rope: tables of these rows.
+            cache: takes their keys and values.
+            rows: where in the cache.
+            packing: the sequences.
+            first: index of the first layer to run; the number of layers if none is left.
+            last_rows: int64 [B], the last row of each sequence.
+        """
+        final = len(self.layers) - 1
+        for layer in range(first, final):
+            hidden = self.layers[layer](hidden, rope, cache, layer, rows, packing)
+        if first > final:
+            return self.logits(hidden[last_rows])
+        block = self.layers[final]
+        block.write(hidden, rope, cache, final, rows)
+        return self.logits(block.attend(hidden[last_rows], rope[last_rows], cache, final))
+
+    def step(self, token_ids: Tensor, rope: Rope, cache: Cache) -> Tensor:
+        """One token a sequence, int64 [B], through all layers: logits [B, vocab] of the next."""
+        rows = cache.extend([1] * len(token_ids))
+        hidden = self.embed_tokens(token_ids)
+        for layer, block in enumerate(self.layers):
+            hidden = block.step(hidden, rope, cache, layer, rows)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, C] -> [B, vocab]"""
+        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
+        return F.linear(self.norm(hidden), weight)

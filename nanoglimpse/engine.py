@@ -1,0 +1,487 @@
+"""The engine: a prompt through vision encoder, decoder and GlimpsePrune to an answer.
+
+The pruning step is control flow here and nowhere else: `prefill_many` reads as the method does.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .batch import Batch, last_rows
+from .cache import Cache
+from .config import Config, read_config, read_json
+from .decoder import Decoder
+from .errors import UsageError
+from .glimpse import Glimpse, Selection
+from .kernels.ops import Ops, Packing, Rope, select
+from .processor import Picture, Processor, Prompt, TextStream
+from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
+from .rope import mrope
+from .sampling import Sampler, Sampling
+from .vision import VisionEncoder
+from .weights import load_glimpse, load_model, locate
+from .weights.checkpoint import Progress
+
+METHODS = {
+    "dense": "keeps every visual token",
+    "glimpse": "GlimpsePrune, arXiv 2508.01548: after K layers keeps what the question needs",
+}
+MODEL_FILES = ["*.json", "*.safetensors", "glimpse/*"]
+GLIMPSE_FILES = ["config.json", "new_modules_gp.pt", "glimpse.safetensors"]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+# On a CPU low-precision products pay off on large matrices alone.
+SMALL_HIDDEN_SIZE = 512
+
+
+def load(
+    model: str | Path = "nano",
+    *,
+    glimpse: str | Path | None = None,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    progress: Progress = lambda done, total: None,
+) -> "Engine":
+    """An engine for a Qwen2.5-VL checkpoint.
+
+    Args:
+        model: "nano" (embedded), a folder, or a Hub id.
+        glimpse: folder or Hub id of glimpse weights; the model's own folder `glimpse` if None.
+        adapter: folder or Hub id of a LoRA adapter (PEFT layout), merged into the weights.
+        device: "auto" (cuda where there is one), or a torch device.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
+            on a CPU.
+        backend: of the operations in `kernels`.
+        progress: called with bytes of weights read so far and in all.
+
+    Raises:
+        UsageError: an argument names something that does not exist here.
+        NanoglimpseError: a file is missing, broken, or of another model.
+    """
+    ops, place = select(backend), _device(device)
+    folder = locate(model, MODEL_FILES)
+    config = read_config(folder / "config.json")
+    kind = _dtype(dtype, place, config)
+    merged = locate(adapter, ADAPTER_FILES) if adapter else None
+    vision, decoder = load_model(folder, config, ops, kind, place, merged, progress)
+    own = folder / "glimpse"
+    source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
+    extra = load_glimpse(source, config, ops, kind, place) if source else None
+    return Engine(str(model), folder, config, vision, decoder, extra, ops)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name} was asked for, but torch finds no CUDA here; use cpu")
+    return device
+
+
+def _dtype(name: str, device: torch.device, config: Config) -> torch.dtype:
+    if name == "auto":
+        small = config.text_config.hidden_size <= SMALL_HIDDEN_SIZE
+        return torch.float32 if small and device.type == "cpu" else torch.bfloat16
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise UsageError(f"unknown dtype '{name}'; use auto, {', '.join(kinds)}")
+    return kinds[name]
+
+
+class Engine:
+    """A loaded model. It keeps no state between calls; one engine may serve any order of them.
+
+    Attributes:
+        name: as it was asked for.
+        config: of the checkpoint.
+        vision, decoder: the model.
+        glimpse: GlimpsePrune's part, or None.
+        processor: builds prompts.
+        eos_token_id: tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        config: Config,
+        vision: VisionEncoder,
+        decoder: Decoder,
+        glimpse: Glimpse | None,
+        ops: Ops,
+    ):
+        self.name, self.config, self.ops = name, config, ops
+        self.vision, self.decoder, self.glimpse = vision, decoder, glimpse
+        self.processor = Processor(folder, config)
+        self.eos_token_id = _eos(folder / "generation_config.json", config)
+        self.device = decoder.embed_tokens.weight.device
+        self.dtype = decoder.embed_tokens.weight.dtype
+
+    def prompt(
+        self,
+        images: Picture | Sequence[Picture],
+        question: str | Sequence[Picture],
+        **options,
+    ) -> Prompt:
+        """A prompt from pictures and a question; arguments as `Processor.prompt`."""
+        return self.processor.prompt(images, question, **options)
+
+    def prefill(self, prompt: Prompt, method: str | None = None, **options) -> Prefill:
+        """Reads one prompt; arguments as `prefill_many`. `logits` is [vocab]."""
+        prefill = self.prefill_many([prompt], method, **options)
+        prefill.logits = prefill.logits[0]
+        return prefill
+
+    @torch.inference_mode()
+    def prefill_many(
+        self,
+        prompts: Sequence[Prompt],
+        method: str | None = None,
+        *,
+        threshold: float | None = None,
+        max_ratio: float | None = None,
+        min_tokens: int | None = None,
+        anchors: Sequence[str] | None = None,
+        max_new_tokens: int = 128,
+        trace: bool = False,
+    ) -> Prefill:
+        """Reads prompts of any lengths, packed, up to the logits of their first answer tokens.
+
+        Args:
+            prompts: with any number of pictures each, or none.
+            method: of METHODS; "glimpse" where there are glimpse weights, else "dense", if None.
+            threshold, max_ratio, min_tokens, anchors: the rule of `Selection`; what the glimpse
+                weights' config.json says where None. `max_ratio=1` lifts a cap.
+            max_new_tokens: room that the cache gets for the answer.
+            trace: keep `hidden`.
+
+        Raises:
+            UsageError: a prompt exceeds the context, or an argument makes no sense.
+        """
+        method = self._method(method)
+        self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
+        clock = Clock(self.device)
+        batch = Batch.of(prompts, self.config, self.device)
+        total, depth = len(batch.visual_rows), len(self.decoder.layers)
+
+        taps = self.glimpse.config.selected_visual_layers if self.glimpse else ()
+        visual, features = self.vision(batch.patches, batch.all_grids, taps)
+        clock.lap("vision")
+        hidden = self.decoder.embed_tokens(batch.token_ids)
+        hidden[batch.visual_rows] = visual
+        positions, counts, first = batch.positions, batch.counts, 0
+        glimpse_logits = importance = traced = None
+        kept = torch.ones(total, dtype=torch.bool, device=self.device)
+
+        if method == "glimpse":
+            rule = self._selection(threshold, max_ratio, min_tokens, anchors)
+            first = self.glimpse.config.layers
+            hidden, lower, glimpse_logits = self._glimpse_layers(hidden, batch)
+            clock.lap(f"layers < {first}")
+            importance = self.glimpse.predictor(glimpse_logits, features, batch.all_grids)
+            kept = self._select(importance, batch, rule)
+            rows, counts = batch.survivors(kept)
+            clock.lap("score")
+            cache = lower.keep(batch.prompt_rows[rows], counts, depth, max_new_tokens)
+            traced = hidden[batch.prompt_rows] if trace else None
+            hidden, positions = hidden[batch.prompt_rows[rows]], positions[:, rows]
+            clock.lap("keep")
+        else:
+            room = [n + max_new_tokens for n in counts]
+            cache = self._cache(depth, room, batch, hidden)
+            cache.extend(counts)
+
+        logits = self.decoder.prefill_tail(
+            hidden,
+            mrope(positions, self.config.text_config),
+            cache,
+            cache.used(),
+            Packing(counts, self.device),
+            first,
+            last_rows(counts, self.device),
+        )
+        clock.lap(f"layers ≥ {first}" if first else "layers")
+        survivors = int(kept.sum())
+        return Prefill(
+            method=method,
+            visual=visual,
+            taps=features,
+            glimpse_logits=glimpse_logits,
+            importance=importance,
+            kept=kept,
+            positions=positions,
+            hidden=traced,
+            logits=logits,
+            cache=cache,
+            budgets=Budgets.of(
+                total, [total] * first + [survivors] * (depth - first), [survivors] * depth
+            ),
+            counts=batch.counts,
+            token_ids=[prompt.token_ids for prompt in prompts],
+            visual_counts=batch.visual_counts,
+            grids=batch.grids,
+            clock=clock,
+        )
+
+    def _glimpse_layers(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Cache, Tensor]:
+        """Layers 0 … K-1 with the glimpse row last in every prompt.
+
+        Returns:
+            hidden [T + B, C] after layer K-1, the K layers' cache of the same rows, and the glimpse
+            row's raw logits [N, HQ · selected layers] to the visual tokens of its prompt.
+        """
+        glimpse, probes = self.glimpse, batch.probe_rows
+        counts = [n + 1 for n in batch.counts]
+        hidden = batch.with_probes(hidden, 0)
+        positions = batch.with_probes(batch.positions.T, batch.next_position[:, None]).T
+        rope = mrope(positions, self.config.text_config)
+        cache = self._cache(glimpse.config.layers, counts, batch, hidden)
+        rows, packing = cache.extend(counts), Packing(counts, self.device)
+        looks = {}
+        for layer in range(glimpse.config.layers):
+            block = self.decoder.layers[layer]
+            hidden[probes] += glimpse.vectors[layer]
+            probe = hidden[probes]
+            hidden = block(hidden, rope, cache, layer, rows, packing)
+            if layer in glimpse.config.selected_layers:
+                q = block.query(probe, rope[probes])
+                k = cache.k[layer, batch.prompt_rows[batch.visual_rows]].split(batch.visual_counts)
+                pairs = zip(q, k, strict=True)
+                looks[layer] = torch.cat([self.ops.row_logits(*pair) for pair in pairs])
+        logits = [looks[layer] for layer in glimpse.config.selected_layers]
+        return hidden, cache, torch.cat(logits, dim=-1)
+
+    def _select(self, importance: Tensor, batch: Batch, rule: Selection) -> Tensor:
+        """Kept visual tokens bool [N]: the rule pools each prompt's pictures, videos all stay."""
+        kept, first = ~batch.prunable, 0
+        for sizes, count in zip(batch.image_sizes, batch.visual_counts, strict=True):
+            own = slice(first, first + count)
+            prunable = batch.prunable[own]
+            kept[own][prunable] = rule(importance[own][prunable], sizes)
+            first += count
+        return kept
+
+    def _selection(
+        self,
+        threshold: float | None,
+        max_ratio: float | None,
+        min_tokens: int | None,
+        anchors: Sequence[str] | None,
+    ) -> Selection:
+        own = self.glimpse.config
+        return Selection(
+            own.reduce_threshold if threshold is None else threshold,
+            own.max_remain_ratio if max_ratio is None else max_ratio,
+            own.min_remain_num if min_tokens is None else min_tokens,
+            own.anchor_positions if anchors is None else tuple(anchors),
+        )
+
+    def _cache(self, layers: int, capacity: list[int], batch: Batch, like: Tensor) -> Cache:
+        text = self.config.text_config
+        return Cache(text, layers, capacity, batch.next_position, like, self.ops)
+
+    def _method(self, name: str | None) -> str:
+        if name is None:
+            return "glimpse" if self.glimpse else "dense"
+        if name not in METHODS:
+            raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
+        if name == "glimpse" and not self.glimpse:
+            raise UsageError(
+                f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "
+                "them (published: ashun989/GlimpsePrune_Qwen2.5-VL-3B-Instruct, and -7B-)"
+            )
+        return name
+
+    def _check_context(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        limit, longest = self.config.text_config.max_position_embeddings, max(lengths, default=0)
+        if not longest:
+            raise UsageError("there is no prompt")
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {max_new_tokens} must be at least 1")
+        if longest + max_new_tokens > limit:
+            raise UsageError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+                f"{limit}; use fewer or smaller pictures (max_pixels), or fewer new tokens"
+            )
+
+    def decode(
+        self,
+        prefill: Prefill,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+    ) -> Iterator[int]:
+        """Tokens of the answer to one prompt, as they are chosen; arguments as `decode_many`."""
+        for (token,) in self.decode_many(prefill, max_new_tokens, ignore_eos, sampling):
+            yield token
+
+    @torch.inference_mode()
+    def decode_many(
+        self,
+        prefill: Prefill,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Answers all prompts of a prefill in step.
+
+        A second call begins again behind the prompts.
+
+        Args:
+            prefill: from `prefill` or `prefill_many`.
+            max_new_tokens: at most so many for each prompt.
+            ignore_eos: go on behind the tokens that end an answer.
+            sampling: greedy if None.
+
+        Yields:
+            One token a prompt, the ending one included; None for a prompt that has ended.
+        """
+        prompts = [token_ids.to(self.device) for token_ids in prefill.token_ids]
+        sampler = Sampler(sampling or Sampling(), prompts, self.config.text_config.vocab_size)
+        self._check_context(prefill.counts, max_new_tokens)
+        cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
+        rope = self._decode_rope(cache.next_position, max_new_tokens)
+        running = [True] * len(prompts)
+        for step in range(max_new_tokens):
+            tokens = sampler(logits)
+            chosen = tokens.tolist()
+            yield [token if runs else None for token, runs in zip(chosen, running, strict=True)]
+            running = [
+                runs and (ignore_eos or token not in self.eos_token_id)
+                for token, runs in zip(chosen, running, strict=True)
+            ]
+            if not any(running) or step + 1 == max_new_tokens:
+                return
+            logits = self.decoder.step(tokens, rope[step], cache)
+            cache.next_position = cache.next_position + 1
+
+    def _decode_rope(self, next_position: Tensor, steps: int) -> Rope:
+        """Tables [steps, B, 1, D]: an answer advances on all three axes together."""
+        positions = next_position + torch.arange(steps, device=self.device)[:, None]
+        rope = mrope(positions.flatten().expand(3, -1), self.config.text_config)
+        shape = (steps, len(next_position), 1, -1)
+        return Rope(rope.cos.view(shape), rope.sin.view(shape))
+
+    def stream(
+        self,
+        images: Picture | Sequence[Picture],
+        question: str | Sequence[Picture],
+        *,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+        prompt_options: dict | None = None,
+        **prefill_options,
+    ) -> "Stream":
+        """The answer to a question about pictures, piece by piece.
+
+        Args:
+            images, question: as `Processor.prompt`; `prompt_options` are its further arguments.
+            max_new_tokens, ignore_eos, sampling: as `decode_many`.
+            prefill_options: method, max_ratio and the other arguments of `prefill_many`.
+
+        Raises:
+            UsageError, NanoglimpseError: from these.
+        """
+        return Stream(
+            self,
+            images,
+            question,
+            prompt_options or {},
+            {"max_new_tokens": max_new_tokens} | prefill_options,
+            {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "sampling": sampling},
+        )
+
+    def ask(
+        self, images: Picture | Sequence[Picture], question: str | Sequence[Picture], **options
+    ) -> Answer:
+        """The answer to a question about pictures; arguments as `stream`."""
+        stream = self.stream(images, question, **options)
+        for _ in stream:
+            pass
+        return stream.answer
+
+
+class Stream:
+    """Text pieces of one answer, whole characters each.
+
+    The prompt is read when the object is made. `answer` says at any time what there is so far.
+
+    Attributes:
+        prefill: of the prompt.
+    """
+
+    def __init__(self, engine: Engine, images, question, prompt_options, prefill_options, decode):
+        self.engine, self.max_new_tokens = engine, decode["max_new_tokens"]
+        self.started = time.perf_counter()
+        prompt = engine.prompt(images, question, **prompt_options)
+        self.preprocess = time.perf_counter() - self.started
+        self.prefill = engine.prefill(prompt, **prefill_options)
+        self.kv_bytes = self.prefill.cache.nbytes
+        self.token_ids: list[int] = []
+        self.times: list[float] = []
+        self._tokens = engine.decode(self.prefill, **decode)
+        self._text = TextStream(engine.processor)
+
+    def __iter__(self) -> Iterator[str]:
+        for token in self._tokens:
+            self.token_ids.append(token)
+            self.times.append(time.perf_counter())
+            if piece := self._text.push(token):
+                yield piece
+        if rest := self._text.finish():
+            yield rest
+
+    @property
+    def answer(self) -> Answer:
+        """What has been said so far, and what it cost."""
+        prefill = self.prefill
+        return Answer(
+            text=self.engine.processor.decode(self.token_ids),
+            token_ids=list(self.token_ids),
+            finish_reason=self._finish_reason(),
+            kept=prefill.kept,
+            importance=prefill.importance,
+            grids=prefill.grids[0],
+            stats=self._stats(),
+        )
+
+    def _finish_reason(self) -> str:
+        if self.token_ids and self.token_ids[-1] in self.engine.eos_token_id:
+            return "eos"
+        return "length" if len(self.token_ids) == self.max_new_tokens else "stopped"
+
+    def _stats(self) -> Stats:
+        prefill, depth = self.prefill, len(self.prefill.cache.k)
+        rows, kept_rows = prefill.counts[0], len(prefill.positions[0])
+        first = self.times[0] - self.started if self.times else 0.0
+        steps = len(self.times) - 1
+        return Stats(
+            method=prefill.method,
+            prompt_tokens=rows,
+            visual_tokens=len(prefill.kept),
+            kept_tokens=int(prefill.kept.sum()),
+            budgets=prefill.budgets,
+            kv_rows=(rows * depth, kept_rows * depth),
+            kv_bytes=(self.kv_bytes * rows // kept_rows, self.kv_bytes),
+            timings={"preprocess": 1000 * self.preprocess} | prefill.timings,
+            first_token=1000 * first,
+            decode=1000 * (self.times[-1] - self.times[0]) / steps if steps > 0 else 0.0,
+            peak_bytes=peak_bytes(self.engine.device),
+        )
+
+
+def _eos(path: Path, config: Config) -> frozenset[int]:
+    """Ids that end an answer: generation_config.json where it names some, else config.json."""
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    if named is None:
+        return frozenset(config.eos_token_id)
+    return frozenset([named] if isinstance(named, int) else named)

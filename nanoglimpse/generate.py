@@ -1,0 +1,272 @@
+"""Command line: `python -m nanoglimpse.generate "What does the sign say?" --image street.jpg`.
+
+The answer goes to stdout as it is made, everything else to stderr.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .engine import METHODS, Engine, load
+from .errors import NanoglimpseError, UsageError
+from .overlay import save_overlay
+from .processor import SYSTEM
+from .results import Answer
+from .sampling import Sampling
+from .weights import EMBEDDED
+
+EXAMPLES = EMBEDDED["nano"] / "examples"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str):
+        """Prints the line and ends the program with exit code 2."""
+        print(f"nanoglimpse: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> Parser:
+    """All options, each with its default."""
+    p = Parser(
+        prog="python -m nanoglimpse.generate",
+        description="Answer a question about pictures with Qwen2.5-VL, pruned by GlimpsePrune. "
+        "Without arguments: a built-in question about a built-in picture.",
+    )
+    p.add_argument("question", nargs="?", help="what to ask")
+    p.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
+    )
+    p.add_argument("--model", default="nano", help="'nano', a folder or a Hub id (default: nano)")
+    p.add_argument("--glimpse", help="folder or Hub id of glimpse weights (default: MODEL/glimpse)")
+    p.add_argument("--adapter", help="folder or Hub id of a LoRA adapter to merge (PEFT layout)")
+    p.add_argument("--system", default=SYSTEM, help=f"system prompt (default: {SYSTEM})")
+    p.add_argument("--min-pixels", type=int, help="enlarge smaller pictures (default: model's)")
+    p.add_argument("--max-pixels", type=int, help="shrink larger pictures (default: model's)")
+
+    prune = p.add_argument_group("pruning")
+    prune.add_argument(
+        "--method", help=f"{' or '.join(METHODS)} (default: glimpse where there are weights for it)"
+    )
+    prune.add_argument("--threshold", type=float, help="keep above it (default: weights', 0.5)")
+    prune.add_argument("--max-ratio", type=float, help="keep at most this share (default: no cap)")
+    prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
+
+    text = p.add_argument_group("answer")
+    text.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
+    text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    text.add_argument("--top-p", type=float, default=1.0, help="(default: 1)")
+    text.add_argument("--top-k", type=int, default=0, help="0 is all (default: 0)")
+    text.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
+    text.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+    run = p.add_argument_group("running")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    run.add_argument(
+        "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
+    )
+    run.add_argument("--backend", default="auto", help="of the kernels: auto or torch")
+    run.add_argument("--overlay", metavar="PNG", help="write a picture of what was kept")
+    run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    run.add_argument("--quiet", action="store_true", help="no progress, no statistics")
+    run.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    p.add_argument("--version", action="version", version=f"nanoglimpse {__version__}")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; its exit code: 2 for misuse, 1 for failure, 130 if stopped."""
+    args = parser().parse_args(arguments)
+    try:
+        return run(args)
+    except NanoglimpseError as error:
+        return _fail(str(error), error.exit_code, args.debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted before the first token", 130, args.debug)
+    except BrokenPipeError:
+        # The reader of our output has left; closing stdout now would complain once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return _fail(_out_of_memory(args, str(error)), 1, args.debug)
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        if "can't allocate memory" in str(error):
+            return _fail(_out_of_memory(args, first), 1, args.debug)
+        return _fail(f"{type(error).__name__}: {first} (--debug shows where)", 1, args.debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"nanoglimpse: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _out_of_memory(args: argparse.Namespace, reason: str) -> str:
+    detail = reason.partition("\n")[0].partition(". ")[0]
+    return (
+        f"not enough memory for {args.model} ({detail or 'allocation failed'}); use smaller "
+        "pictures (--max-pixels), a smaller model, or --dtype bfloat16"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads, asks, prints. Raises what `main` turns into lines."""
+    images, question = _task(args)
+    sampling = Sampling(
+        args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
+    )
+    if args.overlay:
+        _check_writable(Path(args.overlay))
+    note = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    started = time.perf_counter()
+    engine = load(
+        args.model,
+        glimpse=args.glimpse,
+        adapter=args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        progress=(lambda done, total: None) if args.quiet else Progress(args.model),
+    )
+    note(f"model       {_describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
+    stream = engine.stream(
+        images,
+        question,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        prompt_options={
+            "system": args.system,
+            "min_pixels": args.min_pixels,
+            "max_pixels": args.max_pixels,
+        },
+        method=args.method,
+        threshold=args.threshold,
+        max_ratio=args.max_ratio,
+        min_tokens=args.min_tokens,
+    )
+    interrupted = False
+    try:
+        for piece in stream:
+            if not args.json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    answer = stream.answer
+    print(json.dumps(as_dict(engine, question, images, answer)) if args.json else "", flush=True)
+    for line in report(answer):
+        note(line)
+    if interrupted:
+        note("interrupted: the answer above ends where it was stopped")
+    if args.overlay:
+        save_overlay(Path(args.overlay), images, question, answer, engine.config)
+        note(f"overlay     {args.overlay}")
+    return 130 if interrupted else 0
+
+
+def _task(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Pictures and question: those given, or the built-in ones if neither is."""
+    if args.question is not None or args.image:
+        if not args.question:
+            raise UsageError("a question is needed; put it in quotes behind the options")
+        return args.image, args.question
+    built_in = json.loads((EXAMPLES / "built_in.json").read_text(encoding="utf-8"))
+    if not args.quiet:
+        print(f"picture     {EXAMPLES / built_in['image']}", file=sys.stderr)
+        print(f"question    {built_in['question']}", file=sys.stderr)
+    return [str(EXAMPLES / built_in["image"])], built_in["question"]
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"the overlay cannot be written: {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the overlay cannot be written: there is no folder {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"the overlay cannot be written: {path.absolute().parent} is read-only")
+
+
+class Progress:
+    """One line on stderr that counts bytes of weights; on a terminal it is rewritten."""
+
+    def __init__(self, name: str):
+        self.name, self.shown = name, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows how far loading is."""
+        now = time.perf_counter()
+        if not sys.stderr.isatty() or (done < total and now - self.shown < 0.1):
+            return
+        self.shown = now
+        line = f"\rweights     {done / 1e9:.2f} of {total / 1e9:.2f} GB"
+        print(line, end="\r\033[K" if done >= total else "", file=sys.stderr, flush=True)
+
+
+def _describe(engine: Engine) -> str:
+    count = sum(p.numel() for m in (engine.vision, engine.decoder) for p in m.parameters())
+    size = f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
+    return f"{engine.name}, {size} parameters, {str(engine.dtype)[6:]} on {engine.device}"
+
+
+def report(answer: Answer) -> list[str]:
+    """The statistics of an answer, a line each."""
+    s, b = answer.stats, answer.stats.budgets
+    share = f" ({s.kept_tokens / s.visual_tokens:.1%})" if s.visual_tokens else ""
+    stages = " + ".join(f"{name} {ms:.1f}" for name, ms in s.timings.items())
+    lines = [
+        f"visual      {s.visual_tokens} tokens, {s.kept_tokens} kept{share}, method {s.method}",
+        f"budgets     input {b.input_ratio:.1%}, prefill {b.prefill_ratio:.1%}, "
+        f"decode KV {b.decode_kv_ratio:.1%} of the visual tokens",
+        f"KV cache    {s.kv_rows[0]} rows, {_bytes(s.kv_bytes[0])} without pruning; "
+        f"{s.kv_rows[1]} rows, {_bytes(s.kv_bytes[1])} with",
+        f"first token {s.first_token:.1f} ms ({stages})",
+        f"decode      {len(answer.token_ids)} tokens, {s.decode:.2f} ms a token, "
+        f"ended by {answer.finish_reason}",
+    ]
+    if s.peak_bytes:
+        lines.append(f"peak memory {_bytes(s.peak_bytes)}")
+    return lines
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def as_dict(engine: Engine, question: str, images: list[str], answer: Answer) -> dict:
+    """What `--json` prints."""
+    stats = asdict(answer.stats)
+    return {
+        "answer": answer.text,
+        "question": question,
+        "images": images,
+        "tokens": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "visual_tokens": stats.pop("visual_tokens"),
+        "kept_tokens": stats.pop("kept_tokens"),
+        "kept": answer.kept.nonzero().flatten().tolist(),
+        "grids": answer.grids,
+        **stats,
+        "versions": {
+            "nanoglimpse": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "model": engine.name,
+            "device": str(engine.device),
+            "dtype": str(engine.dtype)[6:],
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

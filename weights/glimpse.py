@@ -1,0 +1,163 @@
+"""Glimpse weights: the published layout, our own, and the way between them.
+
+Published (official model_gp.py, `save_new_modules`): config.json and new_modules_gp.pt, a dict of
+`attn_fuser`, `learnable_embeddings`, `le_proj` and `le_norm`. Ours: the same config.json and
+glimpse.safetensors, which holds the same tensors under their dotted names.
+"""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..config import Config, GlimpseConfig, read_glimpse_config
+from ..errors import NanoglimpseError, UsageError
+from ..glimpse import Glimpse
+from ..kernels.ops import Ops
+from .checkpoint import fill, put, stream
+from .names import parts
+
+PUBLISHED, OWN = "new_modules_gp.pt", "glimpse.safetensors"
+_SECTIONS = ("attn_fuser", "learnable_embeddings", "le_norm", "le_proj")
+_VECTORS = ("learnable_embeddings", "le_proj.weight", "le_proj.bias", "le_norm.weight")
+
+
+def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """File and tensors of the glimpse weights in `folder`, by dotted name.
+
+    Raises:
+        NanoglimpseError: there are none, or the file is corrupt or holds more than tensors.
+    """
+    own, published = folder / OWN, folder / PUBLISHED
+    if own.is_file():
+        return own, {name: tensor.clone() for _, name, tensor in stream([own])}
+    if published.is_file():
+        return published, _flatten(published)
+    raise NanoglimpseError(f"{folder} holds no glimpse weights, neither {OWN} nor {PUBLISHED}")
+
+
+def _flatten(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise NanoglimpseError(
+            f"{file} holds more than tensors; it is not loaded, since it could run code"
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
+    if not isinstance(content, dict) or sorted(content) != sorted(_SECTIONS):
+        raise NanoglimpseError(f"{file}: expected a dict of {', '.join(_SECTIONS)}")
+    flat = {}
+    for section, value in content.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        flat |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}
+    strange = [name for name, tensor in flat.items() if not isinstance(tensor, Tensor)]
+    if strange:
+        raise NanoglimpseError(f"{file}: '{strange[0]}' is no tensor")
+    return flat
+
+
+def load_glimpse(
+    folder: Path, base: Config, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> Glimpse:
+    """Glimpse token and predictor for the model `base`.
+
+    Raises:
+        UsageError: they were trained for another model.
+        NanoglimpseError: a file is missing or broken, a tensor missing, unknown or misshapen.
+    """
+    own_base, config = read_glimpse_config(folder / "config.json")
+    _check_base(own_base, base, folder)
+    file, tensors = read_tensors(folder)
+    with torch.device("meta"):
+        glimpse = Glimpse(base, config, ops)
+    vectors = _vectors(file, tensors, own_base, config)
+    glimpse.vectors = nn.Parameter(vectors.to(device, dtype), requires_grad=False)
+    last = len(config.selected_visual_layers) - 1
+    heads = {f"attn_fuser.attn_out_projs.{last}.{leaf}": leaf for leaf in ("weight", "bias")}
+    fill(
+        module := nn.ModuleDict({"predictor": glimpse.predictor}),
+        (
+            (str(file), f"attn_fuser.attn_out_proj.{heads[n]}" if n in heads else n, t)
+            for n, t in tensors.items()
+        ),
+        parts(module),
+        # With deep supervision every block had a head in training; inference reads the last.
+        lambda name: config.deep_supervision and name.startswith("attn_fuser.attn_out_projs."),
+        dtype,
+        device,
+    )
+    return glimpse
+
+
+def _check_base(own: Config, base: Config, folder: Path) -> None:
+    for section, names in {
+        "text_config": ("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        "vision_config": ("hidden_size", "depth", "spatial_merge_size", "window_size"),
+    }.items():
+        for name in names:
+            wanted, found = (getattr(getattr(c, section), name) for c in (own, base))
+            if wanted != found:
+                raise UsageError(
+                    f"the glimpse weights in {folder} are for another model: "
+                    f"{section} {name} is {wanted} there and {found} here"
+                )
+
+
+def _vectors(file: Path, tensors: dict[str, Tensor], base: Config, config: GlimpseConfig) -> Tensor:
+    """RMSNorm(W·E + b) for every layer that has a vector, [L, C] in fp32; takes what it reads."""
+    text, count = base.text_config, len(config.le_layers)
+    size = text.hidden_size
+    shapes = dict(zip(_VECTORS, ((count, 1, size), (size, size), (size,), (size,)), strict=True))
+    read = {}
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise NanoglimpseError(f"{file}: tensor '{name}' is missing")
+        read[name] = torch.empty(shape).flatten(1) if len(shape) > 2 else torch.empty(shape)
+        put(read[name], tensors.pop(name), f"{file}: tensor '{name}'")
+    embeddings, weight, bias, scale = read.values()
+    vectors = torch.zeros(text.num_hidden_layers, size)
+    vectors[list(config.le_layers)] = F.rms_norm(
+        F.linear(embeddings, weight, bias), (size,), scale, text.rms_norm_eps
+    )
+    return vectors
+
+
+def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """Writes both layouts into `folder`, each file complete or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        tensors: by dotted name, as `read_tensors` gives them.
+        config: content of config.json.
+    """
+    sections: dict = {name: {} for name in _SECTIONS}
+    for name, tensor in tensors.items():
+        section, _, rest = name.partition(".")
+        if rest:
+            sections[section][rest] = tensor
+        else:
+            sections[section] = tensor
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / PUBLISHED, lambda path: torch.save(sections, path))
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    _replace(folder / OWN, lambda path: path.write_bytes(save(contiguous)))
+    text = json.dumps(config, indent=2)
+    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise NanoglimpseError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
