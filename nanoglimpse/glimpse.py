@@ -28,6 +28,7 @@ class PredictorBlock(Module):
     def __init__(self, size: int, condition: int, heads: int, ops: Ops):
         super().__init__()
         self.heads, self.ops = heads, ops
+        self.qk_dim, self.v_dim = (size + condition) // heads, size // heads
         self.norm1 = RMSNorm(size, 1e-6, ops)
         self.norm2 = RMSNorm(size, 1e-6, ops)
         self.qk = FusedLinear(size + condition, (size + condition,) * 2, bias=False)
@@ -42,9 +43,9 @@ class PredictorBlock(Module):
 
     def attend(self, x: Tensor, condition: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows to the rows of their own image."""
-        qk = self.qk(torch.cat((x, condition), -1)).view(len(x), 2 * self.heads, -1)
+        qk = self.qk(torch.cat((x, condition), -1)).view(len(x), 2 * self.heads, self.qk_dim)
         q, k = self.ops.rotate(qk, rope).split(self.heads, dim=1)
-        v = self.v(x).view(len(x), self.heads, -1)
+        v = self.v(x).view(len(x), self.heads, self.v_dim)
         return self.o(self.ops.attention(q, k, v, packing, causal=False))
 
 
@@ -92,8 +93,9 @@ class Predictor(Module):
             (h // vision.spatial_merge_size, w // vision.spatial_merge_size) for _, h, w in grids
         ]
         frames = [size for size, (t, _, _) in zip(sizes, grids, strict=True) for _ in range(t)]
-        rows = [torch.arange(h).repeat_interleave(w) for h, w in frames]
-        columns = [torch.arange(w).repeat(h) for h, w in frames]
+        none = torch.empty(0, dtype=torch.int64)  # so that text alone passes, too
+        rows = [none, *(torch.arange(h).repeat_interleave(w) for h, w in frames)]
+        columns = [none, *(torch.arange(w).repeat(h) for h, w in frames)]
         rope = axial_rope(torch.cat(rows).to(device), torch.cat(columns).to(device), self.head_dim)
         if self.attends_globally:
             return rope, Packing([h * w for h, w in frames], device)

@@ -92,10 +92,12 @@ class Merger(Module):
 
     def __init__(self, size: int, unit: int, out: int, ops: Ops):
         super().__init__()
+        self.unit = unit
         self.norm = RMSNorm(size, 1e-6, ops)
         self.fc1 = Linear(size * unit, size * unit)
         self.fc2 = Linear(size * unit, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """[P, Cv] -> [P / unit, C]"""
-        return self.fc2(F.gelu(self.fc1(self.norm(x).view(-1, self.fc1.in_features))))
+        units = self.norm(x).view(len(x) // self.unit, self.unit * x.shape[-1])
+        return self.fc2(F.gelu(self.fc1(units)))

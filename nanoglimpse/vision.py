@@ -57,7 +57,7 @@ class Layout:
 
 def _cells(grids: Sequence[Grid], merge: int, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frame, window, row and column of every visual token, in raster order."""
-    columns_of = [[], [], [], []]
+    columns_of = [[torch.empty(0, dtype=torch.int64)] for _ in range(4)]
     frame_base = window_base = 0
     for t, h, w in grids:
         h, w = h // merge, w // merge
@@ -71,8 +71,7 @@ def _cells(grids: Sequence[Grid], merge: int, side: int) -> tuple[Tensor, Tensor
         ):
             column_of.append(value)
         frame_base, window_base = frame_base + t, window_base + t * per_frame
-    empty = [torch.empty(0, dtype=torch.int64)]
-    return tuple(torch.cat(parts or empty) for parts in columns_of)
+    return tuple(torch.cat(parts) for parts in columns_of)
 
 
 def _patches_of(tokens: Tensor, unit: int) -> Tensor:
@@ -97,7 +96,7 @@ class VisionBlock(Module):
         self.qkv = Linear(size, 3 * size)
         self.proj = Linear(size, size)
         self.mlp = MLP(size, config.intermediate_size, bias=True, ops=ops)
-        self.heads = config.num_heads
+        self.heads, self.head_dim = config.num_heads, config.head_dim
         self.ops = ops
 
     def forward(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
@@ -107,7 +106,7 @@ class VisionBlock(Module):
 
     def attend(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows inside the sequences of `packing`."""
-        qkv = self.qkv(x).view(len(x), 3 * self.heads, -1)
+        qkv = self.qkv(x).view(len(x), 3 * self.heads, self.head_dim)
         qk = self.ops.rotate(qkv[:, : 2 * self.heads], rope)
         q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, 2 * self.heads :]
         return self.proj(self.ops.attention(q, k, v, packing, causal=False))
@@ -144,7 +143,7 @@ class VisionEncoder(Module):
         for index, block in enumerate(self.blocks):
             x = block(x, plan.rope, plan.frames if index in full else plan.windows)
             if index in taps:
-                tapped[index] = x.view(-1, unit, x.shape[-1]).mean(1)[plan.inverse]
+                tapped[index] = x.unflatten(0, (-1, unit)).mean(1)[plan.inverse]
         visual = self.merger(x)[plan.inverse]
         features = [tapped[index] for index in taps]
         return visual, torch.stack(features) if features else visual.new_empty(0, len(visual), 0)

@@ -8,6 +8,7 @@ glimpse.safetensors, which holds the same tensors under their dotted names.
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def _flatten(file: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the pickle protocol; the content is checked below
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise NanoglimpseError(
             f"{file} holds more than tensors; it is not loaded, since it could run code"

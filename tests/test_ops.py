@@ -1,0 +1,164 @@
+"""The reference operations against definitions written with loops."""
+
+import math
+
+import pytest
+import torch
+
+from nanoglimpse import UsageError
+from nanoglimpse.kernels.ops import BACKENDS, TORCH, Packing, Rope, select
+
+
+def attention_by_rows(q, k, v, lengths, causal):
+    out, start = torch.zeros(len(q), q.shape[1], v.shape[-1]), 0
+    group = q.shape[1] // k.shape[1]
+    for length in lengths:
+        for i in range(start, start + length):
+            stop = i + 1 if causal else start + length
+            for head in range(q.shape[1]):
+                scores = k[start:stop, head // group] @ q[i, head] / math.sqrt(q.shape[-1])
+                out[i, head] = scores.softmax(0) @ v[start:stop, head // group]
+        start += length
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [(7,), (5, 5, 5), (9, 9, 3, 1, 1), (1, 6, 2), (4, 0, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "v_width"), [(6, 2, 8, 8), (3, 3, 12, 4)])
+def test_attention_stays_inside_sequences(lengths, causal, heads, kv_heads, width, v_width):
+    rows = sum(lengths)
+    q, k = torch.randn(rows, heads, width), torch.randn(rows, kv_heads, width)
+    v = torch.randn(rows, kv_heads, v_width)
+    ours = TORCH.attention(q, k, v, Packing(lengths), causal=causal)
+    torch.testing.assert_close(ours, attention_by_rows(q, k, v, lengths, causal))
+
+
+def test_attention_over_scattered_rows():
+    """A packing of x[rows]: sequences whose rows are not neighbours."""
+    q, k, v = torch.randn(3, 9, 2, 4)
+    rows = torch.randperm(9)
+    ours = TORCH.attention(q, k, v, Packing((4, 5), rows=rows), causal=False)
+    expected = attention_by_rows(q[rows], k[rows], v[rows], (4, 5), False)
+    torch.testing.assert_close(ours[rows], expected)
+
+
+def test_attention_sees_exactly_its_keys():
+    """With equal scores the output names the keys: each value is one-hot, scaled by its head."""
+    lengths, heads = (5, 3, 5), 2
+    v = torch.eye(13)[:, None] * torch.tensor([1.0, 2.0])[:, None]
+    q, k = torch.randn(13, 4, 13), torch.zeros(13, heads, 13)
+    out = TORCH.attention(q, k, v, Packing(lengths), causal=True).view(13, 4, 13)
+    start = 0
+    for length in lengths:
+        for i in range(length):
+            for head in range(4):
+                expected = torch.zeros(13)
+                expected[start : start + i + 1] = (1 + head // 2) / (i + 1)
+                torch.testing.assert_close(out[start + i, head], expected)
+        start += length
+
+
+def test_equal_neighbours_are_one_batch():
+    assert [tuple(run) for run in Packing((4, 4, 2, 4)).runs] == [(0, 2, 4), (8, 1, 2), (10, 1, 4)]
+    assert Packing((4, 4, 2)).cu_seqlens.tolist() == [0, 4, 8, 10]
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_decode_attention_reads_its_rows_alone(sequences):
+    starts, lengths = [2, 9, 0][:sequences], [5, 3, 1][:sequences]
+    k, v = torch.full((2, 14, 2, 8), torch.nan)
+    for start, length in zip(starts, lengths, strict=True):
+        k[start : start + length] = torch.randn(length, 2, 8)
+        v[start : start + length] = torch.randn(length, 2, 8)
+    q = torch.randn(sequences, 6, 8)
+    heads_first = (x.transpose(0, 1)[None] for x in (k, v))
+    ours = TORCH.decode_attention(q, *heads_first, starts, lengths).view(sequences, 6, 8)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for head in range(6):
+            keys = k[start : start + length, head // 3]
+            weights = (keys @ q[b, head] / math.sqrt(8)).softmax(0)
+            torch.testing.assert_close(
+                ours[b, head], weights @ v[start : start + length, head // 3]
+            )
+
+
+def test_row_logits_are_raw_and_in_query_head_order():
+    q, k = torch.randn(6, 8), torch.randn(5, 2, 8)
+    ours = TORCH.row_logits(q, k)
+    for row in range(5):
+        for head in range(6):
+            expected = k[row, head // 3] @ q[head] / math.sqrt(8)
+            torch.testing.assert_close(ours[row, head], expected)
+
+
+def test_rotation_turns_pairs_half_a_head_apart():
+    angles = torch.randn(4, 3)
+    x = torch.randn(4, 2, 6)
+    out = TORCH.rotate(x, Rope.of(angles))
+    for row in range(4):
+        for head in range(2):
+            for j in range(3):
+                c, s = math.cos(angles[row, j]), math.sin(angles[row, j])
+                a, b = x[row, head, j], x[row, head, j + 3]
+                assert float(out[row, head, j]) == pytest.approx(float(a * c - b * s), abs=1e-6)
+                assert float(out[row, head, j + 3]) == pytest.approx(float(b * c + a * s), abs=1e-6)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_rms_norm(eps):
+    x, weight = torch.randn(4, 3, 10), torch.randn(10)
+    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + eps) * weight
+    torch.testing.assert_close(TORCH.rms_norm(x, weight, eps), expected)
+    low = TORCH.rms_norm(x.bfloat16(), weight.bfloat16(), eps)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_rms_norm_of_large_half_precision_values():
+    """Squares of fp16 values overflow fp16; the mean is taken in fp32."""
+    x = torch.full((2, 8), 300.0, dtype=torch.float16)
+    assert TORCH.rms_norm(x, torch.ones(8, dtype=torch.float16), 1e-6).tolist() == [[1.0] * 8] * 2
+
+
+def test_swiglu():
+    x = torch.randn(5, 14)
+    gate, up = x[:, :7], x[:, 7:]
+    torch.testing.assert_close(TORCH.swiglu(x), gate * torch.sigmoid(gate) * up)
+
+
+@pytest.mark.parametrize("target_rows", [slice(1, 4), torch.tensor([6, 0, 2])])
+def test_keep_rows_writes_only_its_target(target_rows):
+    source, target = torch.randn(3, 9, 2, 4), torch.full((5, 7, 2, 4), torch.nan)
+    rows = torch.tensor([8, 0, 5])
+    TORCH.keep_rows(source, rows, target[:3], target_rows)
+    assert torch.equal(target[:3, target_rows], source[:, rows])
+    assert int(target.isfinite().sum()) == 3 * 3 * 8
+
+
+def test_operations_are_differentiable():
+    """The trainer runs the same modules; nothing may overwrite what a gradient needs."""
+    x = torch.randn(6, 4, 8, requires_grad=True)
+    weight = torch.rand(8, requires_grad=True)
+
+    def loss(x, weight):
+        y = TORCH.rms_norm(x, weight, 1e-6)
+        y = TORCH.attention(y, y[:, :2], y[:, 2:], Packing((4, 2)), causal=True)
+        return (TORCH.swiglu(y) ** 2).sum()
+
+    value = loss(x, weight)
+    gradients = torch.autograd.grad(value, (x, weight))
+    for argument, gradient in zip((x, weight), gradients, strict=True):
+        direction = torch.randn_like(argument)
+        step = 1e-2 * direction
+        with torch.no_grad():
+            shifted = [
+                loss(*(a + s * step if a is argument else a for a in (x, weight))) for s in (1, -1)
+            ]
+        slope = (shifted[0] - shifted[1]) / 2e-2
+        assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-2)
+
+
+def test_backends_are_chosen_by_name():
+    assert select("auto") is select("torch") is TORCH
+    with pytest.raises(UsageError, match=f"choose one of {', '.join(BACKENDS)}"):
+        select("fast")

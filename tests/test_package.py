@@ -1,0 +1,88 @@
+"""What importing costs, what an installation holds, and that the tree keeps its form."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+WATCH = """
+import sys, time
+import torch
+
+class Watch:
+    seen = []
+    def find_spec(self, name, path=None, target=None):
+        self.seen.append(name.partition(".")[0])
+
+sys.meta_path.insert(0, Watch())
+import socket
+def no_network(*_, **__):
+    raise AssertionError("a connection was opened")
+socket.socket.connect = no_network
+start = time.perf_counter()
+import nanoglimpse
+import nanoglimpse.generate
+print(time.perf_counter() - start)
+print(*sorted(set(Watch.seen)))
+"""
+
+
+def test_import_is_light():
+    """No triton, no transformers, no network, and less than a second behind torch."""
+    out = subprocess.run(
+        [sys.executable, "-c", WATCH], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    looked_for = set(out[1].split())
+    assert {"tokenizers", "safetensors", "PIL"} <= looked_for
+    heavy = {"triton", "transformers", "numpy", "jinja2", "torchvision", "huggingface_hub"}
+    assert not heavy & looked_for
+    assert float(out[0]) < 1.0
+
+
+def test_transformers_finds_no_package_kernels_in_a_checkout():
+    """transformers looks for a published package of the name of our folder, and would import it."""
+    code = "import transformers.activations, nanoglimpse; nanoglimpse.load()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What `pip install .` puts into site-packages, from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("installed")
+    names = ["pyproject.toml", "README.md", "LICENSE", "nanoglimpse", "kernels", "weights"]
+    subprocess.run(["cp", "-r", *(ROOT / name for name in names), folder], check=True)
+    site = folder / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, folder]
+    subprocess.run(command, check=True, capture_output=True)
+    return site
+
+
+def test_an_installation_holds_everything(installed):
+    assert (installed / "nanoglimpse" / "kernels" / "attention.py").exists()
+    assert (installed / "nanoglimpse" / "weights" / "nano" / "model.safetensors").exists()
+    assert {p.name for p in installed.iterdir() if "dist-info" not in p.name} == {"nanoglimpse"}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "in the checkout"])
+def test_an_installation_answers_from_any_folder(installed, tmp_path, inside):
+    done = subprocess.run(
+        [sys.executable, "-m", "nanoglimpse.generate", "--quiet"],
+        cwd=ROOT if inside else tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "The number on the red triangle is 64.\n"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_style(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
