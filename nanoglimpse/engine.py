@@ -22,7 +22,7 @@ from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
 from .sampling import Sampler, Sampling
 from .vision import VisionEncoder
-from .weights import load_glimpse, load_model, locate
+from .weights import load_glimpse, load_model, locate, read_adapter
 from .weights.checkpoint import Progress
 
 METHODS = {
@@ -66,12 +66,14 @@ def load(
     folder = locate(model, MODEL_FILES)
     config = read_config(folder / "config.json")
     kind = _dtype(dtype, place, config)
-    merged = locate(adapter, ADAPTER_FILES) if adapter else None
-    vision, decoder = load_model(folder, config, ops, kind, place, merged, progress)
+    # The small files first, so that a mistake shows before gigabytes are read.
+    processor, eos = Processor(folder, config), _eos(folder / "generation_config.json", config)
     own = folder / "glimpse"
     source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
     extra = load_glimpse(source, config, ops, kind, place) if source else None
-    return Engine(str(model), folder, config, vision, decoder, extra, ops)
+    lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
+    vision, decoder = load_model(folder, config, ops, kind, place, lora, progress)
+    return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
 
 
 def _device(name: str) -> torch.device:
@@ -111,17 +113,17 @@ class Engine:
     def __init__(
         self,
         name: str,
-        folder: Path,
         config: Config,
         vision: VisionEncoder,
         decoder: Decoder,
         glimpse: Glimpse | None,
+        processor: Processor,
+        eos_token_id: frozenset[int],
         ops: Ops,
     ):
         self.name, self.config, self.ops = name, config, ops
         self.vision, self.decoder, self.glimpse = vision, decoder, glimpse
-        self.processor = Processor(folder, config)
-        self.eos_token_id = _eos(folder / "generation_config.json", config)
+        self.processor, self.eos_token_id = processor, eos_token_id
         self.device = decoder.embed_tokens.weight.device
         self.dtype = decoder.embed_tokens.weight.dtype
 
@@ -167,6 +169,7 @@ class Engine:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
         method = self._method(method)
+        rule = self._selection(threshold, max_ratio, min_tokens, anchors)
         self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
         clock = Clock(self.device)
         batch = Batch.of(prompts, self.config, self.device)
@@ -182,7 +185,6 @@ class Engine:
         kept = torch.ones(total, dtype=torch.bool, device=self.device)
 
         if method == "glimpse":
-            rule = self._selection(threshold, max_ratio, min_tokens, anchors)
             first = self.glimpse.config.layers
             hidden, lower, glimpse_logits = self._glimpse_layers(hidden, batch)
             clock.lap(f"layers < {first}")
@@ -193,6 +195,7 @@ class Engine:
             cache = lower.keep(batch.prompt_rows[rows], counts, depth, max_new_tokens)
             traced = hidden[batch.prompt_rows] if trace else None
             hidden, positions = hidden[batch.prompt_rows[rows]], positions[:, rows]
+            del lower  # the whole prompt's rows; only the survivors are needed from here
             clock.lap("keep")
         else:
             room = [n + max_new_tokens for n in counts]
@@ -276,12 +279,12 @@ class Engine:
         min_tokens: int | None,
         anchors: Sequence[str] | None,
     ) -> Selection:
-        own = self.glimpse.config
+        own = self.glimpse.selection if self.glimpse else Selection()
         return Selection(
-            own.reduce_threshold if threshold is None else threshold,
-            own.max_remain_ratio if max_ratio is None else max_ratio,
-            own.min_remain_num if min_tokens is None else min_tokens,
-            own.anchor_positions if anchors is None else tuple(anchors),
+            own.threshold if threshold is None else threshold,
+            own.max_ratio if max_ratio is None else max_ratio,
+            own.min_tokens if min_tokens is None else min_tokens,
+            own.anchors if anchors is None else tuple(anchors),
         )
 
     def _cache(self, layers: int, capacity: list[int], batch: Batch, like: Tensor) -> Cache:
@@ -421,24 +424,32 @@ class Stream:
 
     def __init__(self, engine: Engine, images, question, prompt_options, prefill_options, decode):
         self.engine, self.max_new_tokens = engine, decode["max_new_tokens"]
-        self.started = time.perf_counter()
+        moments = [time.perf_counter()]
         prompt = engine.prompt(images, question, **prompt_options)
-        self.preprocess = time.perf_counter() - self.started
+        moments.append(time.perf_counter())
         self.prefill = engine.prefill(prompt, **prefill_options)
+        moments.append(time.perf_counter())
         self.kv_bytes = self.prefill.cache.nbytes
         self.token_ids: list[int] = []
-        self.times: list[float] = []
+        # Seconds to the prompt, to the prefill, and for each token.
+        self.seconds = [moments[1] - moments[0], moments[2] - moments[1]]
         self._tokens = engine.decode(self.prefill, **decode)
         self._text = TextStream(engine.processor)
 
     def __iter__(self) -> Iterator[str]:
-        for token in self._tokens:
+        while (token := self._next()) is not None:
             self.token_ids.append(token)
-            self.times.append(time.perf_counter())
             if piece := self._text.push(token):
                 yield piece
         if rest := self._text.finish():
             yield rest
+
+    def _next(self) -> int | None:
+        begun = time.perf_counter()
+        token = next(self._tokens, None)
+        if token is not None:
+            self.seconds.append(time.perf_counter() - begun)
+        return token
 
     @property
     def answer(self) -> Answer:
@@ -462,8 +473,7 @@ class Stream:
     def _stats(self) -> Stats:
         prefill, depth = self.prefill, len(self.prefill.cache.k)
         rows, kept_rows = prefill.counts[0], len(prefill.positions[0])
-        first = self.times[0] - self.started if self.times else 0.0
-        steps = len(self.times) - 1
+        later = self.seconds[3:]
         return Stats(
             method=prefill.method,
             prompt_tokens=rows,
@@ -472,9 +482,9 @@ class Stream:
             budgets=prefill.budgets,
             kv_rows=(rows * depth, kept_rows * depth),
             kv_bytes=(self.kv_bytes * rows // kept_rows, self.kv_bytes),
-            timings={"preprocess": 1000 * self.preprocess} | prefill.timings,
-            first_token=1000 * first,
-            decode=1000 * (self.times[-1] - self.times[0]) / steps if steps > 0 else 0.0,
+            timings={"preprocess": 1000 * self.seconds[0]} | prefill.timings,
+            first_token=1000 * sum(self.seconds[:3]),
+            decode=1000 * sum(later) / len(later) if later else 0.0,
             peak_bytes=peak_bytes(self.engine.device),
         )
 

@@ -109,6 +109,7 @@ class Glimpse(Module):
 
     Attributes:
         predictor: VIP.
+        selection: the rule that the weights' config.json states.
         vectors: [L, C], added to the glimpse row before each layer; the first is the row itself.
             RMSNorm(W·E + b) of the trained embeddings, which no question changes (Sec. 4, App. C).
     """
@@ -117,6 +118,12 @@ class Glimpse(Module):
         super().__init__()
         text = config.text_config
         self.config = glimpse
+        self.selection = Selection(
+            glimpse.reduce_threshold,
+            glimpse.max_remain_ratio,
+            glimpse.min_remain_num,
+            glimpse.anchor_positions,
+        )
         self.predictor = Predictor(config, glimpse, ops)
         self.vectors = nn.Parameter(torch.zeros(text.num_hidden_layers, text.hidden_size))
 

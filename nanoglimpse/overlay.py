@@ -1,7 +1,6 @@
 """A picture of what was kept: for every image the kept cells beside the importance of all cells."""
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import Config
-from .errors import NanoglimpseError
+from .files import write_whole
 from .processor import Picture, load_picture
 from .results import Answer
 
@@ -37,13 +36,7 @@ def save_overlay(
     """
     data = io.BytesIO()
     draw_overlay(images, question, answer, config).save(data, "PNG")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data.getvalue())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise NanoglimpseError(f"the overlay {path} cannot be written: {error}") from None
+    write_whole(path, data.getvalue())
 
 
 def draw_overlay(

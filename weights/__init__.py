@@ -13,10 +13,10 @@ from ..kernels.ops import Ops
 from ..vision import VisionEncoder
 from .checkpoint import Progress, fill, shards, stream
 from .glimpse import load_glimpse, read_tensors, save_glimpse
-from .lora import merge
+from .lora import Adapter, merge, read_adapter
 from .names import parts
 
-__all__ = ["load_glimpse", "load_model", "locate", "read_tensors", "save_glimpse"]
+__all__ = ["load_glimpse", "load_model", "locate", "read_adapter", "read_tensors", "save_glimpse"]
 
 EMBEDDED = {"nano": Path(__file__).parent / "nano"}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,7 +59,7 @@ def load_model(
     ops: Ops,
     dtype: torch.dtype,
     device: torch.device,
-    adapter: Path | None,
+    adapter: Adapter | None,
     progress: Progress,
 ) -> tuple[VisionEncoder, Decoder]:
     """Vision encoder and decoder of the checkpoint in `folder`, a LoRA adapter merged into them.

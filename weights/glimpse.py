@@ -5,8 +5,8 @@ Published (official model_gp.py, `save_new_modules`): config.json and new_module
 glimpse.safetensors, which holds the same tensors under their dotted names.
 """
 
+import io
 import json
-import os
 import pickle
 import warnings
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import Config, GlimpseConfig, read_glimpse_config
 from ..errors import NanoglimpseError, UsageError
+from ..files import write_whole
 from ..glimpse import Glimpse
 from ..kernels.ops import Ops
 from .checkpoint import fill, put, stream
@@ -139,6 +140,9 @@ def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None
         folder: made if it does not exist.
         tensors: by dotted name, as `read_tensors` gives them.
         config: content of config.json.
+
+    Raises:
+        NanoglimpseError: a file cannot be written.
     """
     sections: dict = {name: {} for name in _SECTIONS}
     for name, tensor in tensors.items():
@@ -147,20 +151,8 @@ def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None
             sections[section][rest] = tensor
         else:
             sections[section] = tensor
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / PUBLISHED, lambda path: torch.save(sections, path))
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    _replace(folder / OWN, lambda path: path.write_bytes(save(contiguous)))
-    text = json.dumps(config, indent=2)
-    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise NanoglimpseError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    pickled = io.BytesIO()
+    torch.save(sections, pickled)
+    write_whole(folder / PUBLISHED, pickled.getvalue())
+    write_whole(folder / OWN, save({n: tensor.contiguous() for n, tensor in tensors.items()}))
+    write_whole(folder / "config.json", json.dumps(config, indent=2).encode())

@@ -1,9 +1,10 @@
 """LoRA adapters in PEFT layout, merged into the weights at load: W + (alpha / r) · B A."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import read_json
 from ..errors import NanoglimpseError
@@ -22,16 +23,25 @@ _UNSUPPORTED = {
 }
 
 
-def merge(module: nn.Module, folder: Path, table: dict[str, Part]) -> None:
-    """Adds the adapter in `folder` to the weights of `module`.
+class Adapter(NamedTuple):
+    """An adapter as read.
 
-    Args:
-        module: loaded.
-        folder: holds adapter_config.json and adapter_model.safetensors.
-        table: canonical tensor name to its rows of a parameter.
+    Attributes:
+        file: its tensors' file, for errors.
+        scale: alpha / r, or alpha / sqrt(r) if rank-stabilised.
+        matrices: adapted layer (canonical name) to A [r, in] and B [out, r].
+    """
+
+    file: Path
+    scale: float
+    matrices: dict[str, tuple[Tensor, Tensor]]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in a folder of adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        NanoglimpseError: the adapter is of a kind that cannot be merged, or of another base.
+        NanoglimpseError: a file is missing or broken, or the adapter of a kind not to be merged.
     """
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
@@ -42,25 +52,43 @@ def merge(module: nn.Module, folder: Path, table: dict[str, Part]) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not rank or not alpha:
         raise NanoglimpseError(f"{folder / CONFIG}: r and lora_alpha must be given")
-    scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     file = folder / TENSORS
     if not file.is_file():
         raise NanoglimpseError(f"{file} is missing")
-    loaded = {name: tensor for _, name, tensor in stream([file])}
-    parameters = dict(module.named_parameters())
-    for name in [n for n in loaded if n.endswith(".lora_A.weight")]:
+    loaded = {name: tensor.clone() for _, name, tensor in stream([file])}
+    matrices = {}
+    for name in [name for name in loaded if name.endswith(".lora_A.weight")]:
         stem = name.removesuffix(".lora_A.weight")
-        part = table.get(canonical(stem.removeprefix("base_model.model.")) + ".weight")
-        a, b = loaded.pop(name), loaded.pop(f"{stem}.lora_B.weight", None)
-        if part is None or b is None:
-            raise NanoglimpseError(f"{file}: tensor '{name}' belongs to no layer of this model")
+        pair = loaded.pop(name), loaded.pop(f"{stem}.lora_B.weight", None)
+        if pair[1] is None:
+            raise NanoglimpseError(f"{file}: '{name}' has no lora_B beside it")
+        matrices[canonical(stem.removeprefix("base_model.model."))] = pair
+    if loaded:
+        raise NanoglimpseError(f"{file}: tensor '{min(loaded)}' is no LoRA matrix")
+    return Adapter(file, alpha / (rank**0.5 if config.get("use_rslora") else rank), matrices)
+
+
+def merge(module: nn.Module, adapter: Adapter, table: dict[str, Part]) -> None:
+    """Adds an adapter to the weights of a loaded module.
+
+    Args:
+        module: whose parameters `table` names.
+        adapter: from `read_adapter`.
+        table: canonical tensor name to its rows of a parameter.
+
+    Raises:
+        NanoglimpseError: the adapter was trained on another base.
+    """
+    parameters = dict(module.named_parameters())
+    for layer, (a, b) in adapter.matrices.items():
+        part = table.get(f"{layer}.weight")
+        if part is None:
+            raise NanoglimpseError(f"{adapter.file}: this model has no layer '{layer}'")
         weight = parameters[part.name][part.start : part.stop]
         if (len(b), a.shape[1]) != tuple(weight.shape):
             raise NanoglimpseError(
-                f"{file}: '{stem}' adapts a {len(b)} × {a.shape[1]} matrix, the model's is "
-                f"{len(weight)} × {weight.shape[1]}; the adapter is of another base"
+                f"{adapter.file}: '{layer}' is {len(weight)} × {weight.shape[1]} here but "
+                f"{len(b)} × {a.shape[1]} there; the adapter is of another base"
             )
-        delta = scale * b.to(weight.device, torch.float32) @ a.to(weight.device, torch.float32)
-        weight += delta.to(weight.dtype)
-    if loaded:
-        raise NanoglimpseError(f"{file}: tensor '{min(loaded)}' is no LoRA matrix of this model")
+        a, b = (matrix.to(weight.device, torch.float32) for matrix in (a, b))
+        weight += (adapter.scale * b @ a).to(weight.dtype)
