@@ -135,7 +135,7 @@ class Selection:
     Attributes:
         threshold: keep what has a probability above it.
         max_ratio: if more than this share passes, keep exactly the best int(max_ratio · N) instead.
-        min_tokens: if fewer are left, the best `min_tokens` join them; stronger than `max_ratio`.
+        min_tokens: if fewer are left, keep the best `min_tokens`; stronger than `max_ratio`.
         anchors: corners of every image, of "tl", "tr", "bl", "br", that join whatever their score.
     """
 
@@ -169,7 +169,7 @@ class Selection:
         if self.max_ratio is not None and total and int(kept.sum()) / total > self.max_ratio:
             kept = _best(importance, int(self.max_ratio * total))
         if self.min_tokens and int(kept.sum()) < min(self.min_tokens, total):
-            kept = kept | _best(importance, self.min_tokens)
+            kept = _best(importance, self.min_tokens)
         first = 0
         for rows, columns in sizes:
             corner = {

@@ -121,6 +121,17 @@ def test_decoding_allocates_no_cache(tiny):
     assert (prefill.cache.k.data_ptr(), prefill.cache.v.data_ptr()) == (k, v)
 
 
+def test_decoding_advances_rows_and_position(tiny):
+    """Both by one a token that the model has read; the last one chosen is not read."""
+    prompt = prompt_of(tiny, 3, (1, 12, 18), 5)
+    prefill = tiny.prefill(prompt, max_new_tokens=6)
+    rows, position = prefill.cache.length, int(prefill.cache.next_position)
+    assert position == int(prompt.positions.max()) + 1
+    list(tiny.decode(prefill, 6, ignore_eos=True))
+    assert prefill.cache.length.tolist() == [int(rows) + 5]
+    assert int(prefill.cache.next_position) == position + 5
+
+
 def test_rows_behind_the_length_are_never_read(tiny):
     prefill = tiny.prefill(prompt_of(tiny, 3, (1, 12, 18), 5), max_new_tokens=8)
     expected = list(tiny.decode(prefill, 8, ignore_eos=True))
