@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .cache import Cache, Rows
 from .config import Config, TextConfig
 from .kernels.ops import Ops, Packing, Rope
-from .layers import MLP, FusedLinear, Linear, Module, RMSNorm
+from .layers import MLP, Embedding, FusedLinear, Linear, Module, RMSNorm
 
 
 class Block(Module):
@@ -87,7 +87,7 @@ class Decoder(Module):
     def __init__(self, config: Config, ops: Ops):
         super().__init__()
         text = config.text_config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, ops) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
         if not config.tie_word_embeddings:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from .kernels.ops import Ops
 
 
-class _Direct:
-    """Takes two costs out of nn.Module that weigh as much as a product of small matrices does.
+class Module(nn.Module):
+    """nn.Module for small, often called parts, without two of its costs.
 
-    A call is `forward`, without a search for hooks. Parameters and sub-modules are also ordinary
-    attributes: nn.Module alone finds them in `__getattr__`, when every ordinary look-up has failed.
+    Each weighs as much as a product of small matrices does. A call is `forward`, without a search
+    for hooks. Parameters and sub-modules are also ordinary attributes: nn.Module alone finds them
+    in `__getattr__`, when every ordinary look-up has failed.
     """
 
     def __init_subclass__(cls):
@@ -35,16 +36,29 @@ class _Direct:
         return self
 
 
-class Module(_Direct, nn.Module):
-    """nn.Module for small, often called parts."""
+class Linear(Module):
+    """W x + b. Weights are not initialised: they come from a file, or from who trains them."""
 
-
-class Linear(_Direct, nn.Linear):
-    """nn.Linear for small, often called parts."""
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
         return F.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    """A row of the table for each id; not initialised, as `Linear`."""
+
+    def __init__(self, rows: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[T] -> [T, C]"""
+        return F.embedding(ids, self.weight)
 
 
 class FusedLinear(Linear):

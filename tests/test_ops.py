@@ -1,5 +1,6 @@
 """The reference operations against definitions written with loops."""
 
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from nanoglimpse import UsageError
 from nanoglimpse.kernels.ops import BACKENDS, TORCH, Packing, Rope, select
+from nanoglimpse.layers import Linear
 
 
 def attention_by_rows(q, k, v, lengths, causal):
@@ -156,6 +158,24 @@ def test_operations_are_differentiable():
             ]
         slope = (shifted[0] - shifted[1]) / 2e-2
         assert float(slope) == pytest.approx(float((gradient * direction).sum()), rel=1e-2)
+
+
+def test_modules_find_the_parameters_they_have_now():
+    """They are also plain attributes; conversion, loading and copying must leave no old ones."""
+    layer = Linear(3, 2)
+    with torch.no_grad():
+        layer.weight.fill_(1), layer.bias.fill_(0)
+    x = torch.ones(1, 3)
+    assert layer(x).tolist() == [[3, 3]]
+    layer.load_state_dict({"weight": torch.full((2, 3), 2.0), "bias": torch.ones(2)}, assign=True)
+    assert layer(x).tolist() == [[7, 7]]
+    twin = copy.deepcopy(layer)
+    assert layer.double()(x.double()).dtype == torch.float64
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    assert layer(x.double()).tolist() == [[1, 1]]
+    assert twin(x).tolist() == [[7, 7]]
+    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    assert Linear(3, 2, bias=False).bias is None
 
 
 def test_backends_are_chosen_by_name():

@@ -333,7 +333,7 @@ def test_an_adapter_of_unknown_layers(tiny_folder, tmp_path):
     lora = write_adapter(tmp_path / "lora")
     renamed = {name.replace("layers.2", "layers.20"): t for name, t in lora.items()}
     save_file(renamed, tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(NanoglimpseError, match="has no layer .model.layers.20"):
+    with pytest.raises(NanoglimpseError, match=r"has no layer 'model\.layers\.20"):
         load(tiny_folder, adapter=tmp_path / "lora", device="cpu")
 
 
