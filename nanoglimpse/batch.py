@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .processor import Prompt, pack
+from .processor import Prompt
 from .rope import Grid, visual_tokens
 
 
@@ -23,7 +23,6 @@ class Batch:
         positions: int64 [3, T].
         visual_rows: int64 [N], the rows that visual tokens take.
         prunable: bool [N]; tokens of videos are not, as in the official code.
-        patches: [P, patch_dim].
         grids: of each prompt.
         image_sizes: (rows, columns) in visual tokens of each prompt's images, videos left out.
         counts: rows of each prompt.
@@ -37,7 +36,6 @@ class Batch:
     positions: Tensor
     visual_rows: Tensor
     prunable: Tensor
-    patches: Tensor
     grids: list[tuple[Grid, ...]]
     image_sizes: list[list[tuple[int, int]]]
     counts: list[int]
@@ -58,7 +56,6 @@ class Batch:
             positions=torch.cat([prompt.positions for prompt in prompts], dim=1).to(device),
             visual_rows=visual_rows.to(device),
             prunable=(token_ids[visual_rows] == config.image_token_id).to(device),
-            patches=pack([prompt.patches for prompt in prompts]).to(device),
             grids=[prompt.grids for prompt in prompts],
             image_sizes=[_image_sizes(prompt, config) for prompt in prompts],
             counts=counts.tolist(),

@@ -17,7 +17,7 @@ from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Packing, Rope, select
-from .processor import Picture, Processor, Prompt, TextStream
+from .processor import Picture, Processor, Prompt, TextStream, pack
 from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
 from .sampling import Sampler, Sampling
@@ -175,8 +175,9 @@ class Engine:
         batch = Batch.of(prompts, self.config, self.device)
         total, depth = len(batch.visual_rows), len(self.decoder.layers)
 
-        taps = self.glimpse.config.selected_visual_layers if self.glimpse else ()
-        visual, features = self.vision(batch.patches, batch.all_grids, taps)
+        patches = pack([prompt.patches for prompt in prompts]).to(self.device)
+        tapped = self.glimpse.config.selected_visual_layers if self.glimpse else ()
+        visual, taps = self.vision(patches, batch.all_grids, tapped)
         clock.lap("vision")
         hidden = self.decoder.embed_tokens(batch.token_ids)
         hidden[batch.visual_rows] = visual
@@ -188,7 +189,7 @@ class Engine:
             first = self.glimpse.config.layers
             hidden, lower, glimpse_logits = self._glimpse_layers(hidden, batch)
             clock.lap(f"layers < {first}")
-            importance = self.glimpse.predictor(glimpse_logits, features, batch.all_grids)
+            importance = self.glimpse.predictor(glimpse_logits, taps, batch.all_grids)
             kept = self._select(importance, batch, rule)
             rows, counts = batch.survivors(kept)
             clock.lap("score")
@@ -212,11 +213,11 @@ class Engine:
             last_rows(counts, self.device),
         )
         clock.lap(f"layers ≥ {first}" if first else "layers")
-        survivors = int(kept.sum())
+        left = int(kept.sum())
         return Prefill(
             method=method,
             visual=visual,
-            taps=features,
+            taps=taps,
             glimpse_logits=glimpse_logits,
             importance=importance,
             kept=kept,
@@ -224,13 +225,8 @@ class Engine:
             hidden=traced,
             logits=logits,
             cache=cache,
-            budgets=Budgets.of(
-                total, [total] * first + [survivors] * (depth - first), [survivors] * depth
-            ),
-            counts=batch.counts,
-            token_ids=[prompt.token_ids for prompt in prompts],
-            visual_counts=batch.visual_counts,
-            grids=batch.grids,
+            budgets=Budgets.of([total] * first + [left] * (depth - first), [left] * depth, total),
+            batch=batch,
             clock=clock,
         )
 
@@ -347,9 +343,9 @@ class Engine:
         Yields:
             One token a prompt, the ending one included; None for a prompt that has ended.
         """
-        prompts = [token_ids.to(self.device) for token_ids in prefill.token_ids]
+        prompts = prefill.batch.token_ids.split(prefill.batch.counts)
         sampler = Sampler(sampling or Sampling(), prompts, self.config.text_config.vocab_size)
-        self._check_context(prefill.counts, max_new_tokens)
+        self._check_context(prefill.batch.counts, max_new_tokens)
         cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
         rope = self._decode_rope(cache.next_position, max_new_tokens)
         running = [True] * len(prompts)
@@ -461,7 +457,7 @@ class Stream:
             finish_reason=self._finish_reason(),
             kept=prefill.kept,
             importance=prefill.importance,
-            grids=prefill.grids[0],
+            grids=prefill.batch.all_grids,
             stats=self._stats(),
         )
 
@@ -472,7 +468,7 @@ class Stream:
 
     def _stats(self) -> Stats:
         prefill, depth = self.prefill, len(self.prefill.cache.k)
-        rows, kept_rows = prefill.counts[0], len(prefill.positions[0])
+        rows, kept_rows = prefill.batch.counts[0], len(prefill.positions[0])
         later = self.seconds[3:]
         return Stats(
             method=prefill.method,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .cache import Cache
 from .rope import Grid
 
@@ -28,8 +29,8 @@ class Budgets:
     decode_kv_ratio: float
 
     @classmethod
-    def of(cls, total: int, processed: Sequence[int], cached: Sequence[int]) -> "Budgets":
-        """From N and, layer by layer, visual tokens processed and cached; all 1 without images."""
+    def of(cls, processed: Sequence[int], cached: Sequence[int], total: int) -> "Budgets":
+        """From visual tokens processed and cached in each layer, and N; all 1 without pictures."""
         if not total:
             return cls(1.0, 1.0, 1.0)
         layers = total * len(processed)
@@ -82,10 +83,7 @@ class Prefill:
         logits: [vocab] of the last row; [B, vocab] for several prompts.
         cache: all layers, T' rows.
         budgets: of all prompts together.
-        counts: rows of each prompt before pruning.
-        token_ids: of each prompt.
-        visual_counts: visual tokens of each prompt.
-        grids: of each prompt.
+        batch: the prompts as they were packed, before pruning.
     """
 
     method: str
@@ -99,10 +97,7 @@ class Prefill:
     logits: Tensor
     cache: Cache
     budgets: Budgets
-    counts: list[int]
-    token_ids: list[Tensor]
-    visual_counts: list[int]
-    grids: list[tuple[Grid, ...]]
+    batch: Batch = field(repr=False)
     clock: Clock = field(repr=False)
     _state: tuple[list[int], Tensor] = field(init=False, repr=False)
 
