@@ -1,6 +1,12 @@
 """nanoglimpse: a minimal engine for Qwen2.5-VL in which GlimpsePrune is native."""
 
+import warnings
 from pathlib import Path
+
+with warnings.catch_warnings():
+    # torch says on import that it has no NumPy; nothing here needs it.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 _here = Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
