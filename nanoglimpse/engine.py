@@ -76,6 +76,12 @@ def load(
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
 
 
+def check_method(name: str) -> None:
+    """Raises a UsageError if there is no pruning method of this name."""
+    if name not in METHODS:
+        raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -290,8 +296,7 @@ class Engine:
     def _method(self, name: str | None) -> str:
         if name is None:
             return "glimpse" if self.glimpse else "dense"
-        if name not in METHODS:
-            raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
+        check_method(name)
         if name == "glimpse" and not self.glimpse:
             raise UsageError(
                 f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .engine import METHODS, Engine, load
+from .engine import METHODS, Engine, check_method, load
 from .errors import NanoglimpseError, UsageError
 from .overlay import save_overlay
-from .processor import SYSTEM
+from .processor import SYSTEM, open_picture
 from .results import Answer
 from .sampling import Sampling
 from .weights import EMBEDDED
@@ -127,8 +127,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(
         args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
     )
-    if args.overlay:
-        _check_writable(Path(args.overlay))
+    _check_early(args, images)
     note = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     started = time.perf_counter()
     engine = load(
@@ -186,6 +185,16 @@ def _task(args: argparse.Namespace) -> tuple[list[str], str]:
         print(f"picture     {EXAMPLES / built_in['image']}", file=sys.stderr)
         print(f"question    {built_in['question']}", file=sys.stderr)
     return [str(EXAMPLES / built_in["image"])], built_in["question"]
+
+
+def _check_early(args: argparse.Namespace, images: list[str]) -> None:
+    """What can be seen to be wrong before gigabytes of weights are read."""
+    for image in images:
+        open_picture(image).close()
+    if args.method is not None:
+        check_method(args.method)
+    if args.overlay:
+        _check_writable(Path(args.overlay))
 
 
 def _check_writable(path: Path) -> None:

@@ -13,7 +13,7 @@ from .files import write_whole
 from .processor import Picture, load_picture
 from .results import Answer
 
-PANEL, MARGIN, LINE, BAR = 480, 16, 20, 14
+PANEL, TITLE, MARGIN, LINE, BAR = 480, 200, 16, 20, 14
 INK, PAPER, DIM = (32, 32, 36), (255, 255, 255), 0.3
 # From "not needed" to "needed": dark blue, violet, red, orange, pale yellow.
 STOPS = ((13, 8, 80), (126, 3, 168), (204, 71, 120), (248, 149, 64), (252, 253, 191))
@@ -85,16 +85,17 @@ def _panels(
         heat = _cells((255 * scores).round().int(), size, cell)
         panels.append(Image.blend(picture.convert("L").convert("RGB"), _colours(heat), 0.65))
         titles.append("importance")
-    bar = 0 if scores is None else BAR + 3 * MARGIN
-    width = sum(panel.width + MARGIN for panel in panels) - MARGIN + bar
-    sheet = Image.new("RGB", (max(width, PANEL), picture.height + LINE + 4), PAPER)
-    draw, x = ImageDraw.Draw(sheet), 0
-    for panel, title in zip(panels, titles, strict=True):
-        draw.text((x, 0), title, INK, font=_font(14))
-        sheet.paste(panel, (x, LINE + 4))
-        x += panel.width + MARGIN
+    step = max(picture.width, TITLE) + MARGIN
+    bar = 0 if scores is None else BAR + 2 * MARGIN
+    width = max(step * len(panels) + bar, PANEL)
+    height = max(picture.height, 3 * LINE)
+    sheet = Image.new("RGB", (width, height + LINE + 4), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, (panel, title) in enumerate(zip(panels, titles, strict=True)):
+        draw.text((number * step, 0), title, INK, font=_font(14))
+        sheet.paste(panel, (number * step, LINE + 4))
     if scores is not None:
-        _scale(sheet, x, LINE + 4, picture.height)
+        _scale(sheet, step + picture.width + MARGIN, LINE + 4, height)
     return sheet
 
 

@@ -50,24 +50,35 @@ def load_picture(picture: Picture) -> Image.Image:
     A file's EXIF orientation is applied; a Pillow image is taken as its caller made it.
 
     Raises:
-        UsageError: no such file, or no picture that Pillow reads.
-        NanoglimpseError: the file is truncated, or decodes to so many pixels that it may be a bomb.
+        UsageError, NanoglimpseError: see `open_picture`; also for a file that is truncated.
     """
     if isinstance(picture, Image.Image):
         return _rgb(picture)
-    path = Path(picture)
+    with open_picture(picture) as image:
+        try:
+            return _rgb(ImageOps.exif_transpose(image))
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise NanoglimpseError(f"{picture} is damaged or cannot be read: {error}") from None
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file, opened but not decoded.
+
+    Raises:
+        UsageError: no such file, or no picture that Pillow reads.
+        NanoglimpseError: it cannot be read, or decodes to so many pixels that it may be a bomb.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _rgb(ImageOps.exif_transpose(image))
+            return Image.open(path)
     except (FileNotFoundError, IsADirectoryError):
         raise UsageError(f"there is no picture {path}") from None
     except UnidentifiedImageError:
         raise UsageError(f"{path} is not a picture that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise NanoglimpseError(f"{path} is refused: {error}") from None
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise NanoglimpseError(f"{path} is damaged or cannot be read: {error}") from None
 
 
