@@ -39,7 +39,8 @@ class Cache:
         shape = (layers, sum(capacity), config.num_key_value_heads, config.head_dim)
         self.k = like.new_empty(shape)
         self.v = like.new_empty(shape)
-        # The same memory as attention reads it, layer by layer: [1, H, R, D].
+        # The same memory layer by layer, as it is written [R, H, D] and as it is read [1, H, R, D].
+        self.k_rows, self.v_rows = self.k.unbind(0), self.v.unbind(0)
         self.k_heads = self.k.transpose(1, 2).split(1)
         self.v_heads = self.v.transpose(1, 2).split(1)
         self.capacity = list(capacity)
@@ -88,8 +89,8 @@ class Cache:
 
     def append(self, layer: int, rows: Rows, k: Tensor, v: Tensor) -> None:
         """Writes k, v [T, H, D] of one layer to the rows that `extend` named."""
-        self.k[layer, rows] = k
-        self.v[layer, rows] = v
+        self.k_rows[layer][rows] = k
+        self.v_rows[layer][rows] = v
 
     def layer(self, layer: int, sequence: int = 0) -> tuple[Tensor, Tensor]:
         """Views k, v [length, H, D] of one layer of one sequence."""

@@ -60,8 +60,9 @@ class Block(Module):
     def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, HQ, D], k and v [T, H, D] of rows [T, C]."""
         qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
-        rotated = self.ops.rotate(qkv[:, : -self.kv_heads], rope)
-        return rotated[:, : self.heads], rotated[:, self.heads :], qkv[:, -self.kv_heads :]
+        qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)
+        q, k = self.ops.rotate(qk, rope).split_with_sizes((self.heads, self.kv_heads), 1)
+        return q, k, v
 
     def linear_heads(self, hidden: Tensor, first: int, stop: int) -> Tensor:
         """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""
