@@ -82,7 +82,9 @@ def _patches_of(tokens: Tensor, unit: int) -> Tensor:
 @lru_cache(maxsize=16)
 def layout(grids: tuple[Grid, ...], config: VisionConfig, device: torch.device) -> Layout:
     """The layout of these grids, computed once."""
-    return Layout(grids, config, device)
+    # Whoever asks first may be inferring, and whoever asks next training: no inference tensors.
+    with torch.inference_mode(False):
+        return Layout(grids, config, device)
 
 
 class VisionBlock(Module):

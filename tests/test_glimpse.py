@@ -250,3 +250,19 @@ def test_a_batch_equals_each_prompt_alone(tiny, method):
     steps = list(tiny.decode_many(together, 16, ignore_eos=True))
     for number, one in enumerate(alone):
         assert [step[number] for step in steps] == list(tiny.decode(one, 16, ignore_eos=True))
+
+
+def test_gradients_flow_after_inference(tiny_folder):
+    """The modules that infer also train; what inference has cached must not stand in the way."""
+    engine = load(tiny_folder, dtype="float32", device="cpu")
+    grid = (1, 12, 18)
+    prompt = prompt_of(engine, 3, grid, 5)
+    prefill = engine.prefill(prompt)
+    patches = prompt.patches.clone().requires_grad_()
+    visual, taps = engine.vision(patches, [grid], (4, 2, 1))
+    predictor = engine.glimpse.predictor.requires_grad_(True)
+    importance = predictor(prefill.glimpse_logits.clone(), taps, [grid])
+    torch.testing.assert_close(importance, prefill.importance.clone())
+    (importance.sum() + visual.square().sum()).backward()
+    assert float(patches.grad.abs().sum()) > 0
+    assert all(float(p.grad.abs().sum()) > 0 for p in predictor.parameters())
