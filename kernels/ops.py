@@ -9,18 +9,22 @@ the name `kernels`, and fail.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from ..errors import UsageError
 from .attention import attention
 from .decode import decode_attention, row_logits
 from .keep import keep_rows
+from .linear import linear, pack
 from .norm import rms_norm
 from .packing import Packing
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
-__all__ = ["BACKENDS", "TORCH", "Ops", "Packing", "Rope", "select"]
+__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Rope", "select"]
 
 
 @dataclass(frozen=True)
@@ -34,18 +38,27 @@ class Ops:
     rms_norm: Callable
     rotate: Callable
     swiglu: Callable
+    linear: Callable
+    pack: Callable
 
 
-TORCH = Ops(attention, decode_attention, row_logits, keep_rows, rms_norm, rotate, swiglu)
-BACKENDS = {"auto": TORCH, "torch": TORCH}
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
-def select(backend: str) -> Ops:
-    """The operations of a backend by name.
+TORCH = Ops(
+    attention, decode_attention, row_logits, keep_rows, rms_norm, rotate, swiglu, linear, _as_it_is
+)
+CPU = replace(TORCH, pack=pack)
+BACKENDS = ("auto", "torch")
+
+
+def select(backend: str, device: torch.device) -> Ops:
+    """The operations of a backend by name: "torch" is plain torch, "auto" the fastest on `device`.
 
     Raises:
         UsageError: the name is unknown.
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend]
+    return CPU if backend == "auto" and device.type == "cpu" else TORCH

@@ -55,14 +55,16 @@ def load(
         device: "auto" (cuda where there is one), or a torch device.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
             on a CPU.
-        backend: of the operations in `kernels`.
+        backend: "auto" is the fastest on the device, and inference only; "torch" is plain torch,
+            through which gradients flow.
         progress: called with bytes of weights read so far and in all.
 
     Raises:
         UsageError: an argument names something that does not exist here.
         NanoglimpseError: a file is missing, broken, or of another model.
     """
-    ops, place = select(backend), _device(device)
+    place = _device(device)
+    ops = select(backend, place)
     folder = locate(model, MODEL_FILES)
     config = read_config(folder / "config.json")
     kind = _dtype(dtype, place, config)
@@ -73,6 +75,7 @@ def load(
     extra = load_glimpse(source, config, ops, kind, place) if source else None
     lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
     vision, decoder = load_model(folder, config, ops, kind, place, lora, progress)
+    vision.pack(ops)
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
 
 

@@ -39,6 +39,8 @@ class Module(nn.Module):
 class Linear(Module):
     """W x + b. Weights are not initialised: they come from a file, or from who trains them."""
 
+    product = staticmethod(F.linear)
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -46,7 +48,12 @@ class Linear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in] -> [T, out]"""
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.weight, self.bias)
+
+    def pack(self, ops: Ops) -> None:
+        """Lays the matrix out as `ops` likes it best; only `forward` can use it afterwards."""
+        self.weight = ops.pack(self.weight)
+        self.product = ops.linear
 
 
 class Embedding(Module):

@@ -149,3 +149,9 @@ class VisionEncoder(Module):
         visual = self.merger(x)[plan.inverse]
         features = [tapped[index] for index in taps]
         return visual, torch.stack(features) if features else visual.new_empty(0, len(visual), 0)
+
+    def pack(self, ops: Ops) -> None:
+        """Lays all matrices out for products with many rows, which is all that happens here."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(ops)

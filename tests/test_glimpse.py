@@ -52,7 +52,7 @@ def close(ours, theirs, tolerance=1e-5):
 )
 def test_every_stage_equals_the_reference(tiny_folder, hf, tmp_path, name, change):
     config = write_glimpse(tmp_path, tiny_folder, **change)
-    engine = load(tiny_folder, glimpse=tmp_path, dtype="float32", device="cpu")
+    engine = load(tiny_folder, glimpse=tmp_path, dtype="float32", device="cpu", backend="torch")
     _, tensors = read_tensors(tmp_path)
     grids = GRIDS[name]
     prompt = prompt_of(engine, 5, *grids, 7)
@@ -254,7 +254,7 @@ def test_a_batch_equals_each_prompt_alone(tiny, method):
 
 def test_gradients_flow_after_inference(tiny_folder):
     """The modules that infer also train; what inference has cached must not stand in the way."""
-    engine = load(tiny_folder, dtype="float32", device="cpu")
+    engine = load(tiny_folder, dtype="float32", device="cpu", backend="torch")
     grid = (1, 12, 18)
     prompt = prompt_of(engine, 3, grid, 5)
     prefill = engine.prefill(prompt)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanoglimpse import UsageError
-from nanoglimpse.kernels.ops import BACKENDS, TORCH, Packing, Rope, select
+from nanoglimpse.kernels.ops import BACKENDS, CPU, TORCH, Packing, Rope, select
 from nanoglimpse.layers import Linear
 
 
@@ -179,6 +179,39 @@ def test_modules_find_the_parameters_they_have_now():
 
 
 def test_backends_are_chosen_by_name():
-    assert select("auto") is select("torch") is TORCH
+    cpu = torch.device("cpu")
+    assert select("auto", cpu) is CPU
+    assert select("torch", cpu) is TORCH
+    assert select("auto", torch.device("cuda")) is TORCH
     with pytest.raises(UsageError, match=f"choose one of {', '.join(BACKENDS)}"):
-        select("fast")
+        select("fast", cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("biased", [True, False])
+@torch.inference_mode()
+def test_packed_product(dtype, biased):
+    x, layer = torch.randn(13, 37).to(dtype), Linear(37, 11, bias=biased).to(dtype)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    dense = layer(x)
+    exact = x.double() @ layer.weight.data.double().T + (layer.bias.data.double() if biased else 0)
+    layer.pack(CPU)
+    packed = layer(x)
+    assert packed.dtype == dtype
+    assert packed.shape == (13, 11)
+    error, budget = ((out.double() - exact).norm() for out in (packed, dense))
+    assert float(error) <= max(2 * float(budget), 1e-12)
+    assert torch.equal(layer(x[::2]), layer(x)[::2])
+    before = layer.weight
+    layer.pack(TORCH)
+    assert layer.weight is before
+
+
+def test_packing_is_optional(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    layer = Linear(3, 2).requires_grad_(False)
+    layer.load_state_dict({"weight": torch.full((2, 3), 2.0), "bias": torch.ones(2)})
+    layer.pack(CPU)
+    assert not layer.weight.is_mkldnn
+    assert layer(torch.ones(1, 3)).tolist() == [[7, 7]]

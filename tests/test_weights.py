@@ -42,7 +42,11 @@ def first_logits(engine):
 
 def parameters(engine):
     modules = {"vision": engine.vision, "decoder": engine.decoder, "glimpse": engine.glimpse}
-    return {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    return {
+        f"{m}.{n}": p.to_dense() if p.is_mkldnn else p
+        for m, module in modules.items()
+        for n, p in module.named_parameters()
+    }
 
 
 def test_fused_rows_stand_where_they_belong(tiny_folder, tiny):
