@@ -184,7 +184,7 @@ class Prompt:
         token_ids: Tensor | Sequence[int],
         patches: Tensor | None = None,
         grids: Sequence[Sequence[int]] = (),
-        second_per_grid: float | Sequence[float] | Tensor | None = None,
+        seconds_per_grid: float | Sequence[float] | Tensor | None = None,
         *,
         config: Config,
     ) -> "Prompt":
@@ -194,7 +194,7 @@ class Prompt:
             token_ids: [T]; every visual token has a placeholder, image or video by its id.
             patches: [P, patch_dim], as `preprocess_image` makes them, in order of appearance.
             grids: (t, h, w) in patches of each image and video, in order of appearance.
-            second_per_grid: seconds between temporal patches, for all videos or each; 1 if None.
+            seconds_per_grid: seconds between temporal patches, for all videos or each; 1 if None.
             config: of the model.
 
         Raises:
@@ -205,7 +205,7 @@ class Prompt:
         sizes = tuple((int(t), int(h), int(w)) for t, h, w in grids)
         patches = torch.empty(0, vision.patch_dim) if patches is None else patches
         seconds = (
-            second_per_grid.tolist() if isinstance(second_per_grid, Tensor) else second_per_grid
+            seconds_per_grid.tolist() if isinstance(seconds_per_grid, Tensor) else seconds_per_grid
         )
         if not len(ids):
             raise UsageError("a prompt needs at least one token")

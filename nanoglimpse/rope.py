@@ -16,7 +16,7 @@ def mrope_positions(
     token_ids: Tensor,
     grids: Sequence[Grid],
     config: Config,
-    second_per_grid: float | Sequence[float] | None = None,
+    seconds_per_grid: float | Sequence[float] | None = None,
 ) -> Tensor:
     """Position ids of a prompt on the axes time, height and width (arXiv 2502.13923, Sec. 2.1.2).
 
@@ -28,7 +28,7 @@ def mrope_positions(
         token_ids: int64 [T].
         grids: (t, h, w) in patches of each image and video, in order of appearance.
         config: of the model; names the placeholder ids.
-        second_per_grid: seconds between temporal patches, for all videos or for each; 1 if None.
+        seconds_per_grid: seconds between temporal patches, for all videos or for each; 1 if None.
 
     Returns:
         int64 [3, T]
@@ -55,7 +55,7 @@ def mrope_positions(
             raise UsageError(f"grid {tuple(grid)} needs {count} equal placeholders in a row")
         interval = 0.0
         if int(placeholders[0]) == config.video_token_id:
-            interval, videos = _seconds(second_per_grid, videos), videos + 1
+            interval, videos = _seconds(seconds_per_grid, videos), videos + 1
         parts.append(_text(start - row, following))
         time = (torch.arange(grid[0]) * interval * per_second).long()
         axes = (time, torch.arange(grid[1] // merge), torch.arange(grid[2] // merge))
@@ -63,19 +63,19 @@ def mrope_positions(
         parts.append(cells + following + start - row)
         following = int(parts[-1].max()) + 1
         row, taken = start + count, taken + count
-    if isinstance(second_per_grid, Sequence) and len(second_per_grid) != videos:
-        raise UsageError(f"second_per_grid has {len(second_per_grid)} values for {videos} videos")
+    if isinstance(seconds_per_grid, Sequence) and len(seconds_per_grid) != videos:
+        raise UsageError(f"seconds_per_grid has {len(seconds_per_grid)} values for {videos} videos")
     parts.append(_text(len(token_ids) - row, following))
     return torch.cat(parts, dim=1)
 
 
-def _seconds(second_per_grid: float | Sequence[float] | None, video: int) -> float:
-    if second_per_grid is None:
+def _seconds(seconds_per_grid: float | Sequence[float] | None, video: int) -> float:
+    if seconds_per_grid is None:
         return 1.0
-    if isinstance(second_per_grid, int | float):
-        return float(second_per_grid)
+    if isinstance(seconds_per_grid, int | float):
+        return float(seconds_per_grid)
     # Too few are reported with their number, once all videos are counted.
-    return float(second_per_grid[video]) if video < len(second_per_grid) else 1.0
+    return float(seconds_per_grid[video]) if video < len(seconds_per_grid) else 1.0
 
 
 def _text(count: int, start: int) -> Tensor:

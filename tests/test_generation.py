@@ -197,7 +197,7 @@ def test_calls_that_make_no_sense(tiny, call, words):
         ({"grids": [(1, 3, 4)]}, "whole visual tokens"),
         ({"ids": [120] * 3}, "3 placeholders.*make 4"),
         ({"ids": [120, 120, 121, 120]}, "4 equal placeholders"),
-        ({"second_per_grid": [1.0]}, "1 values for 0 videos"),
+        ({"seconds_per_grid": [1.0]}, "1 values for 0 videos"),
     ],
 )
 def test_prompts_whose_parts_do_not_fit(tiny, change, words):
