@@ -268,14 +268,20 @@ class Processor:
             count = math.prod(grid) // config.vision_config.merge_unit
             placeholders = [config.image_token_id] * count
             turn += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
-        start, end = self._control("<|im_start|>"), self._control("<|im_end|>")
-        chat = [start, f"system\n{system}", end, "\n"]
-        chat += [start, "user\n", *turn, end, "\n", start, "assistant\n"]
         return Prompt.from_tokens(
-            self._encode(chat), pack(patches) if patches else None, grids, config=config
+            self.encode(self.chat(turn, system)),
+            pack(patches) if patches else None,
+            grids,
+            config=config,
         )
 
-    def _encode(self, parts: Sequence[str | int]) -> list[int]:
+    def chat(self, turn: Sequence[str | int], system: str = SYSTEM) -> list[str | int]:
+        """Qwen's chat layout up to the answer: system, this user turn, the assistant's to begin."""
+        start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
+        head = [start, f"system\n{system}", end, "\n", start, "user\n"]
+        return [*head, *turn, end, "\n", start, "assistant\n"]
+
+    def encode(self, parts: Sequence[str | int]) -> list[int]:
         """Token ids of text (str) and control tokens (int); neighbouring texts are one text."""
         ids: list[int] = []
         for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
@@ -288,7 +294,8 @@ class Processor:
                 ids += group
         return ids
 
-    def _control(self, token: str) -> int:
+    def control(self, token: str) -> int:
+        """Id of a control token."""
         token_id = self._need_tokenizer().token_to_id(token)
         if token_id is None:
             raise NanoglimpseError(f"{self.folder / 'tokenizer.json'} has no token {token}")

@@ -1,0 +1,178 @@
+"""Receipts and forms: printed rows of a name and a value on a sheet of paper."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from .canvas import Colour, Pixels, background, hull, normal, shade, width_of, write
+from .model import Item, Plan, Question, some
+
+SMALLEST, LARGEST, TIGHT, LOOSE = 13, 24, 1.3, 2.1
+HEADER = 1.6  # rows that the header takes
+HEADERS = ("RECEIPT", "Invoice", "Order", "MARKET", "Shop", "Stock", "DELIVERY", "List", "STORE")
+NOTES = ("Thank you", "copy", "page one", "please keep", "no return", "paid in cash", "see below")
+CASES = (str.lower, str.upper, str.capitalize)
+
+PHRASES = {
+    "price": ("How much is the {}?", "What does the {} cost?", "What is the price of the {}?"),
+    "value": (
+        "What is the value of {}?",
+        "Which value does {} have?",
+        "What is written next to {}?",
+    ),
+    "item": ("Which item costs {}?", "What costs {}?", "Which item has the value {}?"),
+    "total": ("What is the total?", "How much is it in total?", "What is the sum?"),
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a line says: the name in lower case, both as printed."""
+
+    kind: str
+    name: str
+    label: str
+    value: str
+
+
+@dataclass(frozen=True)
+class _Style:
+    """How a document is set; lengths in pixels."""
+
+    font: int
+    pitch: float
+    left: int
+    right: int
+    top: float
+    ink: Colour
+    bold: bool
+    leaders: bool
+    ruled: bool
+
+
+def draw(rng: random.Random, plan: Plan) -> tuple[Image.Image, tuple[Item, ...]]:
+    """A document and its rows; fewer than asked for where no more fit."""
+    image = background(rng, plan.canvas, rng.randint(60, 125), rng.randint(10, 30))
+    sheet = _paper(rng, image)
+    rows = _rows(rng, plan, sheet)
+    style = _style(rng, sheet, rows)
+    _extras(rng, image, style, sheet, len(rows))
+    return image, tuple(_print(image, style, place, row) for place, row in enumerate(rows))
+
+
+def _paper(rng: random.Random, image: Image.Image) -> Pixels:
+    """Lays the paper down; the area that may be printed on."""
+    x0, y0, x1, y1 = (round(side * rng.uniform(0.015, 0.06)) for side in image.size * 2)
+    box = (x0, y0, image.width - x1, image.height - y1)
+    size = (box[2] - box[0], box[3] - box[1])
+    image.paste(background(rng, size, rng.randint(230, 244), rng.randint(2, 9), 7), box[:2])
+    return hull([box], -4 - min(image.size) // 60)
+
+
+def _rows(rng: random.Random, plan: Plan, sheet: Pixels) -> list[_Row]:
+    """The lines, on a receipt with the total below."""
+    receipt = rng.random() < 0.6
+    fit = max(1, int((sheet[3] - sheet[1]) / (SMALLEST * TIGHT) - HEADER) - receipt)
+    least, most = plan.things or (6, 20)
+    names = some(rng, plan.names, rng.randint(min(least, fit), min(most, fit)))
+    case, (values, show) = rng.choice(CASES), _values(rng, len(names))
+    mark = "" if receipt else rng.choice((":", ""))
+    rows = [
+        _Row("row", name, case(name) + mark, show(value))
+        for name, value in zip(names, values, strict=True)
+    ]
+    if receipt:
+        rows.append(_Row("total", "total", case("total"), show(sum(values))))
+    return rows
+
+
+def _values(rng: random.Random, count: int) -> tuple[list[int], Callable[[int], str]]:
+    """Different values, and how they are printed: all as integers or all with decimals."""
+    if rng.random() < 0.6:
+        return rng.sample(range(10, rng.choice((100, 1000))), count), str
+    steps = rng.sample(range(20, rng.choice((400, 2000))), count)
+    return [5 * step for step in steps], lambda value: f"{value / 100:.2f}"
+
+
+def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
+    """A random layout in which all rows fit on the sheet."""
+    width, height = sheet[2] - sheet[0], sheet[3] - sheet[1]
+    bold, lines = rng.random() < 0.35, len(rows) + HEADER
+    font = rng.randint(SMALLEST, max(SMALLEST, min(LARGEST, int(height / lines / TIGHT))))
+    while (needed := _needed(rows, font, bold)) > width and font > 8:
+        font -= 1
+    pitch = min(rng.uniform(TIGHT, LOOSE) * font, height / lines)
+    block = rng.randint(min(needed, width), max(min(width, needed * 2), needed))
+    left = sheet[0] + rng.randint(0, max(width - block, 0))
+    spare = height - lines * pitch
+    return _Style(
+        font=font,
+        pitch=pitch,
+        left=left,
+        right=left + block,
+        top=sheet[1] + HEADER * pitch + rng.uniform(0, spare),
+        ink=shade(rng, rng.randint(15, 70), 14),
+        bold=bold,
+        leaders=rng.random() < 0.35,
+        ruled=rng.random() < 0.3,
+    )
+
+
+def _needed(rows: list[_Row], font: int, bold: bool) -> int:
+    """The least width of a block."""
+    labels = max(width_of(row.label, font, bold) for row in rows)
+    return labels + max(width_of(row.value, font, True) for row in rows) + font
+
+
+def _extras(
+    rng: random.Random, image: Image.Image, style: _Style, sheet: Pixels, rows: int
+) -> None:
+    """A header above the rows, and now and then a note below them."""
+    size = min(round(style.font * rng.uniform(1.1, 1.4)), round(style.pitch * 1.2))
+    middle = (style.left + style.right) / 2
+    top = style.top - style.pitch * 0.5
+    write(image, (middle, top), rng.choice(HEADERS), size, style.ink, bold=True, align=0.5)
+    low = style.top + (rows + 1) * style.pitch
+    if low < sheet[3] and rng.random() < 0.6:
+        note = max(style.font - 3, 9)
+        write(image, (middle, low), rng.choice(NOTES), note, (120, 120, 122), align=0.5)
+
+
+def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Item:
+    """One row: its baseline is near the foot of its share of the height."""
+    base = style.top + (place + 0.75) * style.pitch
+    bold = style.bold or row.kind == "total"
+    label = write(image, (style.left, base), row.label, style.font, style.ink, bold=style.bold)
+    value = write(
+        image, (style.right, base), row.value, style.font, style.ink, bold=bold, align=1.0
+    )
+    lines = ImageDraw.Draw(image)
+    if style.leaders:
+        for x in range(label[2] + 6, value[0] - 4, 5):
+            lines.point((x, round(base) - 1), style.ink)
+    if style.ruled or row.kind == "total":
+        y = round(base - 0.75 * style.pitch) + (0 if row.kind == "total" else round(style.pitch))
+        lines.line((style.left, y, style.right, y), (150, 150, 152))
+    texts = tuple(normal(box, image.size) for box in (label, value))
+    whole = normal(hull([label, value], 2), image.size)
+    return Item(whole, row.kind, "", row.name, row.value, texts)
+
+
+def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:
+    """Questions of every kind that the document can answer."""
+    rows = [item for item in items if item.kind == "row"]
+    totals = [item for item in items if item.kind == "total"]
+    prices = PHRASES["value"] + PHRASES["price"] * len(totals)
+    questions = []
+    for row in some(rng, rows, per_kind):
+        text, answer = rng.choice(prices).format(row.name), f"The {row.name} is {row.value}."
+        questions.append(Question(text, answer, row.value, (row.box,), "value"))
+    for row in some(rng, rows, per_kind):
+        text, answer = rng.choice(PHRASES["item"]), f"The {row.name} costs {row.value}."
+        questions.append(Question(text.format(row.value), answer, row.name, (row.box,), "item"))
+    for row in totals:
+        text, answer = rng.choice(PHRASES["total"]), f"The total is {row.value}."
+        questions.append(Question(text, answer, row.value, (row.box,), "total"))
+    return questions
