@@ -53,12 +53,16 @@ CPU = replace(TORCH, pack=pack)
 BACKENDS = ("auto", "torch")
 
 
-def select(backend: str, device: torch.device) -> Ops:
+def select(backend: str | Ops, device: torch.device) -> Ops:
     """The operations of a backend by name: "torch" is plain torch, "auto" the fastest on `device`.
+
+    Operations of one's own are taken as they are.
 
     Raises:
         UsageError: the name is unknown.
     """
+    if isinstance(backend, Ops):
+        return backend
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
     return CPU if backend == "auto" and device.type == "cpu" else TORCH

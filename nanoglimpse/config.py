@@ -185,7 +185,7 @@ def read_glimpse_config(path: Path) -> tuple[Config, GlimpseConfig]:
     base = parse_config({k: v for k, v in data.items() if k not in names}, str(path))
     own = {k: v for k, v in data.items() if k in names}
     glimpse = _build(GlimpseConfig, own, str(path), _GLIMPSE_FIXED, _GLIMPSE_IGNORED)
-    _check_glimpse(base, glimpse, str(path))
+    check_glimpse(base, glimpse, str(path))
     return base, glimpse
 
 
@@ -349,7 +349,8 @@ def _check(config: Config, where: str) -> None:
     )
 
 
-def _check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
+def check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
+    """Raises a NanoglimpseError if the glimpse configuration does not fit the model's."""
     depth, heads = base.text_config.num_hidden_layers, glimpse.attn_fuse_num_heads
     size, taps = glimpse.attn_fuse_size, glimpse.selected_visual_layers
     _require(
@@ -366,7 +367,7 @@ def _check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
         f"{where}: le_layers {glimpse.le_layers} must hold layer 0 and lie inside the model",
     )
     _require(
-        len(taps) > 0 and set(taps) <= set(range(base.vision_config.depth)),
+        set(taps) <= set(range(base.vision_config.depth)),
         f"{where}: selected_visual_layers {taps} must name blocks of the vision encoder",
     )
     _require(

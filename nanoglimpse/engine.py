@@ -43,7 +43,7 @@ def load(
     adapter: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
-    backend: str = "auto",
+    backend: str | Ops = "auto",
     progress: Progress = lambda done, total: None,
 ) -> "Engine":
     """An engine for a Qwen2.5-VL checkpoint.
@@ -56,7 +56,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
             on a CPU.
         backend: "auto" is the fastest on the device, and inference only; "torch" is plain torch,
-            through which gradients flow.
+            through which gradients flow; or operations of one's own.
         progress: called with bytes of weights read so far and in all.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,6 +184,8 @@ def test_backends_are_chosen_by_name():
     assert select("auto", cpu) is CPU
     assert select("torch", cpu) is TORCH
     assert select("auto", torch.device("cuda")) is TORCH
+    own = replace(TORCH, swiglu=print)
+    assert select(own, cpu) is own
     with pytest.raises(UsageError, match=f"choose one of {', '.join(BACKENDS)}"):
         select("fast", cpu)
 

@@ -83,7 +83,7 @@ def load_glimpse(
         glimpse = Glimpse(base, config, ops)
     vectors = _vectors(file, tensors, own_base, config)
     glimpse.vectors = nn.Parameter(vectors.to(device, dtype), requires_grad=False)
-    last = len(config.selected_visual_layers) - 1
+    last = max(len(config.selected_visual_layers) - 1, 0)
     heads = {f"attn_fuser.attn_out_projs.{last}.{leaf}": leaf for leaf in ("weight", "bias")}
     fill(
         module := nn.ModuleDict({"predictor": glimpse.predictor}),

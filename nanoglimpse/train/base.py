@@ -1,0 +1,352 @@
+"""A Qwen2.5-VL from scratch on the synthetic world.
+
+Three things make it learn in hours of a CPU: the vision encoder first learns to say what lies under
+each visual token, on pictures of one attention window; several questions share a picture; and the
+pictures grow with the model.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Config, read_config
+from ..decoder import Decoder
+from ..files import write_whole
+from ..processor import Processor, preprocess_image
+from ..rope import mrope
+from ..vision import VisionEncoder
+from ..world import BRIEF_SUFFIX, SPLITS, Picture, Question, render
+from . import dense
+from .branches import OPS, run_layer
+from .examples import IGNORED, Asked, Batch, Example, collate
+from .export import save_base
+from .tokens import CONTROL, tokenizer_config, train_tokenizer
+
+VOCABULARY = 640
+PIXELS = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 3136,
+    "max_pixels": 1003520,
+}
+# How often a kind is asked: what takes longest to learn, most often.
+ASKED_OFTEN = {
+    "number": 2.5,
+    "color": 3.0,
+    "shape": 3.0,
+    "exists": 3.0,
+    "count": 2.0,
+    "value": 3.0,
+    "item": 3.0,
+    "bar": 3.0,
+}
+BRIEF_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One kind of picture: its domain, canvases, number of things and size of objects in pixels."""
+
+    domain: str
+    canvases: tuple[tuple[int, int], ...]
+    things: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run.
+
+    Attributes:
+        share: of the steps.
+        pictures: of a micro-batch.
+        questions: of a picture; 0 trains the vision encoder alone.
+        dense: weight of the dense loss, at the stage's beginning and end.
+        draws: what is drawn.
+    """
+
+    share: float
+    pictures: int
+    questions: int
+    dense: tuple[float, float]
+    draws: tuple[Draw, ...]
+
+
+def _squares(*sides: int) -> tuple[tuple[int, int], ...]:
+    return tuple((side, side) for side in sides)
+
+
+CURRICULUM = (
+    Stage(
+        share=0.1,
+        pictures=32,
+        questions=0,
+        dense=(1.0, 1.0),
+        draws=(
+            Draw("scene", _squares(112), (1, 1), (56, 106), 2.0),
+            Draw("document", ((168, 112), (224, 112)), (3, 4)),
+            Draw("chart", ((168, 168), (224, 168)), (3, 4)),
+        ),
+    ),
+    Stage(
+        share=0.15,
+        pictures=8,
+        questions=8,
+        dense=(1.0, 0.7),
+        draws=(
+            Draw("scene", _squares(224), (2, 4), (44, 92), 1.5),
+            Draw("document", ((224, 224), (280, 168)), (3, 6)),
+            Draw("chart", ((224, 224), (280, 168)), (3, 4)),
+        ),
+    ),
+    Stage(
+        share=0.35,
+        pictures=8,
+        questions=8,
+        dense=(0.7, 0.4),
+        draws=(
+            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6), None, 1.5),
+            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10)),
+            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6)),
+        ),
+    ),
+    Stage(
+        share=0.4,
+        pictures=8,
+        questions=8,
+        dense=(0.4, 0.2),
+        draws=(
+            Draw("scene", (*_squares(224, 336, 448), (448, 336), (336, 448), (308, 420)), weight=2),
+            Draw("document", (*_squares(280, 336, 448), (336, 448), (392, 308))),
+            Draw("chart", (*_squares(280, 336, 448), (448, 336), (364, 308))),
+            Draw("scene", (*_squares(560, 672), (672, 504)), weight=0.2),
+            Draw("document", (*_squares(560, 672), (504, 672)), weight=0.2),
+            Draw("chart", (*_squares(560, 672), (672, 504)), weight=0.2),
+        ),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class BaseBatch:
+    """A micro-batch; `rows` is None while the vision encoder learns alone."""
+
+    patches: Tensor
+    grids: tuple
+    wanted: Tensor
+    weights: Tensor
+    dense: float
+    rows: Batch | None
+
+
+def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 6000) -> None:
+    """Everything of a checkpoint but its weights: configuration, tokenizer, preprocessing."""
+    texts = (
+        text
+        for index in range(pictures)
+        for question in render(seed, index, canvas=(448, 448)).questions
+        for text in (question.text, question.text + BRIEF_SUFFIX, question.answer)
+    )
+    tokenizer = train_tokenizer(texts, VOCABULARY)
+    ids = {token: tokenizer.token_to_id(token) for token in CONTROL}
+    config = {
+        **shape,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_token_id": ids["<|vision_pad|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+    }
+    generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+    for name, content in {
+        "config.json": config,
+        "generation_config.json": generation,
+        "preprocessor_config.json": PIXELS,
+        "tokenizer_config.json": tokenizer_config(),
+    }.items():
+        write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def initialise(module: nn.Module, depth: int, generator: torch.Generator) -> None:
+    """Normal weights by fan-in; what adds to the residual stream is scaled down by the depth."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(float("norm" in name and name.endswith("weight")))
+            continue
+        std = 0.02 if "embed_tokens" in name else parameter.shape[1] ** -0.5
+        if name.endswith(("proj.weight", "o.weight", "down.weight")):
+            std *= (2 * depth) ** -0.5
+        parameter.data.normal_(0, std, generator=generator)
+
+
+class BaseTask:
+    """A base model that learns the world; see `loop.Task`."""
+
+    def __init__(
+        self, folder: Path, stages: Sequence[Stage], micros: int, seed: int, device, dtype
+    ):
+        self.config: Config = read_config(folder / "config.json")
+        self.processor = Processor(folder, self.config)
+        self.stages, self.seed = stages, seed
+        self.ends = [micros * sum(s.share for s in stages[: i + 1]) for i in range(len(stages))]
+        self.device, self.dtype = device, dtype
+        text, vision = self.config.text_config, self.config.vision_config
+        self.module = nn.ModuleDict(
+            {
+                "vision": VisionEncoder(vision, OPS),
+                "decoder": Decoder(self.config, OPS),
+                "dense": dense.DenseHead(text.hidden_size),
+            }
+        )
+        generator = torch.Generator().manual_seed(seed)
+        initialise(self.module["vision"], vision.depth, generator)
+        initialise(self.module["decoder"], text.num_hidden_layers, generator)
+        initialise(self.module["dense"], 1, generator)
+        self.module.to(device, dtype)
+
+    def batch(self, micro: int) -> BaseBatch:
+        """Pictures of one canvas and their questions."""
+        index = next((i for i, end in enumerate(self.ends) if micro < end), len(self.ends) - 1)
+        stage = self.stages[index]
+        begin = self.ends[index - 1] if index else 0
+        done = (micro - begin) / (self.ends[index] - begin)
+        rng = random.Random(f"base {self.seed} {micro}")
+        draw = rng.choices(stage.draws, [d.weight for d in stage.draws])[0]
+        canvas = rng.choice(draw.canvases)
+        pictures = [
+            render(
+                self.seed,
+                micro * 1000 + i,
+                domain=draw.domain,
+                canvas=canvas,
+                things=draw.things,
+                size=draw.size,
+                per_kind=4,
+            )
+            for i in range(stage.pictures)
+        ]
+        return self._batch(pictures, stage.questions, _between(stage.dense, done), rng)
+
+    def _batch(
+        self, pictures: Sequence[Picture], questions: int, weight: float, rng: random.Random
+    ) -> BaseBatch:
+        rows = None
+        if questions:
+            examples = [Example(p.image, ask(p.questions, questions, rng)) for p in pictures]
+            rows = collate(examples, self.processor, probes=False)
+            patches, grids = rows.patches, rows.grids
+        else:
+            made = [preprocess_image(p.image, config=self.processor.pixels) for p in pictures]
+            patches, grids = torch.cat([m[0] for m in made]), tuple(m[1] for m in made)
+        merge = self.config.vision_config.spatial_merge_size
+        targets = [dense.targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
+        wanted, weights = (torch.cat(parts) for parts in zip(*targets, strict=True))
+        return BaseBatch(patches, grids, wanted, weights, weight, rows)
+
+    def loss(self, batch: BaseBatch) -> tuple[Tensor, dict[str, float]]:
+        """Cross entropy of the answers, and the dense loss."""
+        patches = batch.patches.to(self.device, self.dtype)
+        visual, _ = self.module["vision"](patches, batch.grids)
+        seen, right = self.module["dense"](
+            visual, batch.wanted.to(self.device), batch.weights.to(self.device)
+        )
+        figures = {"samples": len(batch.grids), "dense": float(seen.detach())}
+        figures |= {f"cell{field}": float(right[field]) for field in (0, 1, 2, 6, 7)}
+        if batch.rows is None:
+            return batch.dense * seen, figures
+        rows = batch.rows.to(self.device, self.dtype)
+        said, exact = self.answer(visual, rows)
+        figures |= {"answer": float(said.detach()), "exact": float(exact.float().mean())}
+        return said + batch.dense * seen, figures
+
+    def answer(self, visual: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted cross entropy, and which questions [B · n] are answered token by token."""
+        decoder = self.module["decoder"]
+        hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
+        rope = mrope(rows.positions, self.config.text_config)
+        for layer in range(len(decoder.layers)):
+            hidden = run_layer(decoder, layer, hidden, rope, rows.layout, False)
+        return read_answers(decoder, hidden, rows)
+
+    @torch.no_grad()
+    def evaluate(self, pictures: int = 24) -> dict[str, float]:
+        """Share of held-out questions whose every token is right, by domain and kind of prompt."""
+        self.module.eval()
+        figures = {}
+        seed = SPLITS["heldout"].start
+        for domain in ("scene", "document", "chart"):
+            for brief in (False, True):
+                right = []
+                for side in (280, 336, 448):
+                    drawn = [
+                        render(seed, i, domain=domain, canvas=(side, side))
+                        for i in range(pictures // 3)
+                    ]
+                    rng = random.Random(side)
+                    examples = [Example(p.image, ask(p.questions, 6, rng, brief)) for p in drawn]
+                    rows = collate(examples, self.processor, probes=False)
+                    rows = rows.to(self.device, self.dtype)
+                    visual, _ = self.module["vision"](rows.patches, rows.grids)
+                    right.append(self.answer(visual, rows)[1])
+                name = f"{domain}{' brief' if brief else ''}"
+                figures[name] = float(torch.cat(right).float().mean())
+        self.module.train()
+        return figures
+
+    def save(self, folder: Path) -> None:
+        """The weights, in bf16."""
+        save_base(folder, self.module)
+
+
+def read_answers(decoder: Decoder, hidden: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the labels by weight, and which branches are right in every token."""
+    branches = rows.layout.pictures * rows.layout.branches
+    counted = rows.labels != IGNORED
+    logits = decoder.logits(hidden[rows.layout.split :][counted]).float()
+    labels, weights = rows.labels[counted], rows.weights[counted]
+    loss = F.cross_entropy(logits, labels, reduction="none") @ weights / weights.sum()
+    wrong = torch.zeros_like(counted)
+    wrong[counted] = logits.argmax(1) != labels
+    return loss, ~wrong.view(branches, -1).any(1)
+
+
+def ask(
+    questions: Sequence[Question], count: int, rng: random.Random, brief: bool | None = None
+) -> tuple[Asked, ...]:
+    """So many of the questions, drawn by kind, each free-form or brief (drawn, too, if None)."""
+    weights = [ASKED_OFTEN.get(q.kind, 1.0) for q in questions]
+    chosen, left = [], list(range(len(questions)))
+    while len(chosen) < count:
+        left = left or list(range(len(questions)))
+        pick = rng.choices(left, [weights[i] for i in left])[0]
+        left.remove(pick)
+        chosen.append(questions[pick])
+    return tuple(asked(q, rng.random() < BRIEF_SHARE if brief is None else brief) for q in chosen)
+
+
+def asked(question: Question, brief: bool) -> Asked:
+    """A question of the world as it is put to the model."""
+    if brief:
+        text, answer = question.text + BRIEF_SUFFIX, question.short
+    else:
+        text, answer = question.text, question.answer
+    return Asked(text, answer, question.short, question.boxes)
+
+
+def _between(ends: tuple[float, float], done: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * done

@@ -1,0 +1,85 @@
+"""The dense auxiliary loss: every visual token says what lies under it.
+
+Language alone teaches a vision encoder from scratch slowly: after thousands of pictures the digits
+are still at chance. So a linear head on the visual tokens predicts, for the upper and the lower
+half of each cell, kind, colour, first letters of the name and characters of the value of the thing
+there. All cells of a thing carry all of it: the name's cells the value, and the other way round.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..rope import Grid
+from ..world import COLOURS, KINDS, Picture
+
+LETTERS, CHARACTERS = "abcdefghijklmnopqrstuvwxyz", "0123456789.ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NAME_LENGTH, VALUE_LENGTH = 4, 6
+FIELDS = (
+    len(KINDS) + 1,
+    len(COLOURS) + 1,
+    *[len(LETTERS) + 1] * NAME_LENGTH,
+    *[len(CHARACTERS) + 1] * VALUE_LENGTH,
+)
+HALVES = 2
+NOTHING_WEIGHT, THING_WEIGHT, TEXT_WEIGHT = 0.3, 1.0, 5.0
+COVERED = 0.2
+
+
+def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor]:
+    """What to predict: int64 [N, 2, fields], 0 for nothing there, and weights fp32 [N, 2]."""
+    height, width = HALVES * grid[1] // merge, grid[2] // merge
+    rows = torch.tensor([[0] * len(FIELDS), *(_fields(item) for item in picture.items)])
+    things = _cover([item.box for item in picture.items], height, width)
+    best, thing = things.max(0)
+    thing = torch.where(best > COVERED, thing + 1, 0)
+    printed = _cover([box for item in picture.items for box in item.text_boxes], height, width)
+    weights = torch.where(thing > 0, THING_WEIGHT, NOTHING_WEIGHT)
+    weights[(thing > 0) & (printed.amax(0) > COVERED)] = TEXT_WEIGHT
+    return _by_token(rows[thing], width), _by_token(weights, width)
+
+
+def _by_token(x: Tensor, width: int) -> Tensor:
+    """[2H, W, …] -> [H · W, 2, …]"""
+    return x.view(-1, HALVES, width, *x.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+
+def _cover(boxes, height: int, width: int) -> Tensor:
+    """fp32 [boxes, height, width], the share of each cell that each box covers."""
+    x0, y0, x1, y1 = torch.tensor(boxes).T[..., None]
+    columns, rows = torch.arange(width), torch.arange(height)
+    across = (x1 * width).clamp_max(columns + 1) - (x0 * width).clamp_min(columns)
+    down = (y1 * height).clamp_max(rows + 1) - (y0 * height).clamp_min(rows)
+    return down.clamp_min(0)[:, :, None] * across.clamp_min(0)[:, None, :]
+
+
+def _fields(item) -> list[int]:
+    colour = COLOURS.index(item.colour) + 1 if item.colour else 0
+    name = [LETTERS.index(c) + 1 for c in item.name[:NAME_LENGTH].lower()]
+    value = [CHARACTERS.index(c) + 1 for c in item.value[:VALUE_LENGTH]]
+    name += [0] * (NAME_LENGTH - len(name))
+    value += [0] * (VALUE_LENGTH - len(value))
+    return [KINDS.index(item.kind) + 1, colour, *name, *value]
+
+
+class DenseHead(nn.Module):
+    """The linear head; only training needs it."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.linear = nn.Linear(size, HALVES * sum(FIELDS))
+
+    def forward(self, visual: Tensor, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss, and the share of text cells [fields] that are right.
+
+        Args:
+            visual: [N, C].
+            wanted, weights: from `targets`.
+        """
+        logits = self.linear(visual).float().view(-1, sum(FIELDS))
+        wanted, weights = wanted.view(-1, len(FIELDS)), weights.view(-1)
+        losses, right, text = [], [], weights == TEXT_WEIGHT
+        for field, part in enumerate(logits.split(FIELDS, dim=1)):
+            losses.append(F.cross_entropy(part, wanted[:, field], reduction="none"))
+            right.append((part[text].argmax(1) == wanted[text, field]).float().mean())
+        return torch.stack(losses).sum(0) @ weights / weights.sum(), torch.stack(right)

@@ -1,0 +1,267 @@
+"""GlimpsePrune for any checkpoint: the glimpse token and the predictor, the base model frozen.
+
+Paper Sec. 4 (Fig. 4a), with what the official code does beyond it: the embeddings of the glimpse
+pass a projection, a norm and a dropout; all layers run over all visual tokens; and the answer sees
+the glimpse row, which predicts its first token. Loss: dice + 0.1 · BCE of the importance against
+the visual tokens under the evidence, and the cross entropy of the answer (Sec. 4, Eq. of L).
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import GlimpseConfig
+from ..engine import Engine
+from ..glimpse import Glimpse, Predictor
+from ..kernels.ops import TORCH
+from ..layers import Module
+from ..rope import mrope
+from ..weights.glimpse import save_glimpse
+from .accuracy import evaluate
+from .base import read_answers
+from .branches import run_layer
+from .data import Source
+from .examples import Batch, collate
+from .export import checkpoint_tensors
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the loss terms (paper Sec. 4: dice to BCE 10 : 1, place to language 1 : 1)."""
+
+    dice: float = 1.0
+    bce: float = 0.1
+    lm: float = 1.0
+
+
+class GlimpseToken(Module):
+    """The vectors that the glimpse row gets before each layer: RMSNorm(W·E_l + b)."""
+
+    def __init__(self, layers: int, size: int, eps: float, generator: torch.Generator):
+        super().__init__()
+        self.embeddings = nn.Parameter(0.02 * torch.randn(layers, 1, size, generator=generator))
+        bound = (3 / size) ** 0.5  # Xavier
+        weight = torch.empty(size, size).uniform_(-bound, bound, generator=generator)
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(size))
+        self.scale = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self) -> Tensor:
+        """[L, C]"""
+        mapped = F.linear(self.embeddings[:, 0], self.weight, self.bias)
+        return F.rms_norm(mapped, self.scale.shape, self.scale, self.eps)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their published names."""
+        names = ("learnable_embeddings", "le_proj.weight", "le_proj.bias", "le_norm.weight")
+        values = (self.embeddings, self.weight, self.bias, self.scale)
+        return {name: t.detach().cpu() for name, t in zip(names, values, strict=True)}
+
+
+class Keys:
+    """A cache that keeps the keys of one layer, for the glimpse to be read."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def append(self, layer: int, rows: None, k: Tensor, v: Tensor) -> None:
+        """Keeps k [T, H, D] of the chosen layer; visual tokens do not depend on the glimpse."""
+        if layer == self.layer:
+            self.k = k.detach()
+
+
+@dataclass(frozen=True)
+class GlimpseBatch:
+    """A micro-batch and its number, which seeds the dropout."""
+
+    rows: Batch
+    micro: int
+
+
+class GlimpseTask:
+    """Glimpse token and predictor for a frozen engine; see `loop.Task`.
+
+    Attributes:
+        token, predictor: what is trained, in fp32.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: GlimpseConfig,
+        losses: Losses,
+        source: Source,
+        *,
+        dropout: float,
+        seed: int,
+        checkpointing: bool,
+    ):
+        self.engine, self.config, self.losses, self.source = engine, config, losses, source
+        self.dropout, self.seed, self.checkpointing = dropout, seed, checkpointing
+        text = engine.config.text_config
+        generator = torch.Generator().manual_seed(seed)
+        self.token = GlimpseToken(
+            text.num_hidden_layers, text.hidden_size, text.rms_norm_eps, generator
+        )
+        self.predictor = Predictor(engine.config, config, TORCH)
+        _initialise(self.predictor, generator)
+        self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
+        self.module.to(engine.device)
+        if not losses.dice and not losses.bce:
+            self.predictor.requires_grad_(False)
+
+    def batch(self, micro: int) -> GlimpseBatch:
+        """Pictures and their questions."""
+        examples = self.source.examples(micro)
+        return GlimpseBatch(collate(examples, self.engine.processor, probes=True), micro)
+
+    def loss(self, batch: GlimpseBatch) -> tuple[Tensor, dict[str, float]]:
+        """Dice, BCE and cross entropy, weighted."""
+        rows = batch.rows.to(self.engine.device, self.engine.dtype)
+        with torch.no_grad():
+            tapped = self.config.selected_visual_layers
+            visual, taps = self.engine.vision(rows.patches, rows.grids, tapped)
+        torch.manual_seed(self.seed * 1_000_003 + batch.micro)
+        vectors = F.dropout(self.token(), self.dropout).to(visual.dtype)
+        glimpse_logits, hidden = self._layers(rows, visual, vectors)
+        figures, total = {"samples": len(rows.probe_rows)}, 0.0
+        if self.losses.dice or self.losses.bce:
+            importance = self._importance(rows, glimpse_logits, taps)
+            dice, bce, found = location_loss(importance, rows.evidence, rows.located)
+            total = total + self.losses.dice * dice + self.losses.bce * bce
+            figures |= {"dice": float(dice.detach()), "bce": float(bce.detach()), **found}
+        if self.losses.lm:
+            said, exact = read_answers(self.engine.decoder, hidden, rows)
+            total = total + self.losses.lm * said
+            figures |= {"lm": float(said.detach()), "exact": float(exact.float().mean())}
+        return total, figures
+
+    def _layers(self, rows: Batch, visual: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw glimpse logits [B · n, N / B, HQ], and the last hidden state where it is needed."""
+        decoder, text = self.engine.decoder, self.engine.config.text_config
+        with torch.no_grad():
+            hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
+            hidden[rows.probe_rows] = 0
+        rope, probes = mrope(rows.positions, text), rows.probe_rows
+        read = self.config.selected_layers[0]
+        keys = Keys(read)
+        for layer in range(text.num_hidden_layers if self.losses.lm else read + 1):
+            hidden = hidden.index_add(0, probes, vectors[layer].expand(len(probes), -1))
+            if layer == read:
+                q = decoder.layers[layer].query(hidden[probes], rope[probes])
+            hidden = run_layer(decoder, layer, hidden, rope, rows.layout, self.checkpointing, keys)
+        pictures, questions = rows.layout.pictures, rows.layout.branches
+        q = q.view(pictures, questions, text.num_key_value_heads, -1, text.head_dim)
+        k = keys.k[rows.visual_rows].view(pictures, -1, text.num_key_value_heads, text.head_dim)
+        logits = torch.einsum("pqhgd,pnhd->pqnhg", q, k) * text.head_dim**-0.5
+        return logits.flatten(0, 1).flatten(2), hidden
+
+    def _importance(self, rows: Batch, glimpse_logits: Tensor, taps: Tensor) -> Tensor:
+        """[B · n, N / B]: every question has its own copy of its picture's features."""
+        questions, pictures = rows.layout.branches, rows.layout.pictures
+        each = taps.unflatten(1, (pictures, -1)).repeat_interleave(questions, dim=1).flatten(1, 2)
+        grids = [grid for grid in rows.grids for _ in range(questions)]
+        flat = self.predictor(glimpse_logits.flatten(0, 1).float(), each.float(), grids)
+        return flat.view(glimpse_logits.shape[:2])
+
+    def glimpse(self) -> Glimpse:
+        """What has been trained so far, as the engine uses it."""
+        glimpse = Glimpse(self.engine.config, self.config, self.engine.ops)
+        glimpse.predictor.load_state_dict(self.predictor.state_dict())
+        glimpse.vectors = nn.Parameter(self.token().detach())
+        return glimpse.requires_grad_(False).to(self.engine.device, self.engine.dtype)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Retention, box recall and accuracy of pruned answers on held-out examples."""
+        glimpse = self.glimpse()
+        engine = Engine(
+            self.engine.name,
+            self.engine.config,
+            self.engine.vision,
+            self.engine.decoder,
+            glimpse,
+            self.engine.processor,
+            self.engine.eos_token_id,
+            self.engine.ops,
+        )
+        return evaluate(engine, self.source.heldout())
+
+    def save(self, folder: Path) -> None:
+        """The weights in both layouts, in a folder `glimpse`.
+
+        Raises:
+            NanoglimpseError: a file cannot be written.
+        """
+        module = nn.ModuleDict({"predictor": self.predictor})
+        tensors = checkpoint_tensors(module, torch.float32)
+        last = max(len(self.config.selected_visual_layers) - 1, 0)
+        old, new = "attn_fuser.attn_out_proj.", f"attn_fuser.attn_out_projs.{last}."
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        base = json.loads((self.engine.processor.folder / "config.json").read_text())
+        content = glimpse_json(base, self.config, self.dropout)
+        save_glimpse(folder / "glimpse", tensors | self.token.tensors(), content)
+
+
+def _initialise(predictor: Predictor, generator: torch.Generator) -> None:
+    """Xavier weights and no bias; without blocks, the mean over heads."""
+    for parameter in predictor.parameters():
+        if parameter.ndim == 1:
+            continue
+        bound = (6 / max(sum(parameter.shape), 1)) ** 0.5
+        parameter.data.uniform_(-bound, bound, generator=generator)
+    for name, parameter in predictor.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    if not len(predictor.layers):
+        predictor.attn_in_proj.weight.data.fill_(1 / predictor.attn_in_proj.weight.shape[1])
+        predictor.attn_out_proj.weight.data.fill_(1 / predictor.attn_out_proj.weight.shape[1])
+
+
+def location_loss(
+    importance: Tensor, evidence: Tensor, located: Tensor
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Dice and BCE, each the mean over questions that have evidence (official train_qwen_gp.py).
+
+    Args:
+        importance: [Q, N], logits.
+        evidence: bool [Q, N].
+        located: bool [Q]; questions without evidence, "is there … ?" answered no, do not count.
+
+    Returns:
+        both losses, and the recall and the retention of a threshold of one half.
+    """
+    counted = located.float() / located.sum().clamp_min(1)
+    p, g = importance.sigmoid(), evidence.float()
+    dice = 1 - (2 * (p * g).sum(1) + 1e-6) / (p.sum(1) + g.sum(1) + 1e-6)
+    bce = F.binary_cross_entropy_with_logits(importance, g, reduction="none").mean(1)
+    kept = importance > 0
+    recall = (kept & evidence).sum(1) / evidence.sum(1).clamp_min(1)
+    figures = {
+        "recall": float(recall.detach() @ counted),
+        "kept": float(kept.float().mean(1) @ counted),
+    }
+    return dice @ counted, bce @ counted, figures
+
+
+def glimpse_json(base: dict, config: GlimpseConfig, dropout: float) -> dict:
+    """Content of the config.json beside published glimpse weights."""
+    return {
+        **base,
+        "architectures": ["Qwen2_5_VL_GP_ForConditionalGeneration"],
+        "model_type": "qwen2_5_vl_gp",
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()},
+        "le_dropout_prob": dropout,
+        "le_length": 1,
+        "le_norm_type": "rmsnorm",
+        "use_attention_logits": True,
+        "attn_fuse_type": "AttnFuserV1",
+        "attn_fuse_hidden_act": "silu",
+        "ori_attn_supervision": False,
+        "use_ref_masks": False,
+        "use_zero_masks": False,
+    }

@@ -1,0 +1,35 @@
+"""The shape of the embedded model, as config.json states it."""
+
+NANO = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 9,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    # With heads of 32 and the released theta of 10⁶ the last frequencies would hardly turn.
+    "rope_theta": 1000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+    "vision_config": {
+        "depth": 8,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [3, 7],
+        "hidden_act": "silu",
+        "in_chans": 3,
+        "tokens_per_second": 2,
+    },
+}

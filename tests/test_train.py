@@ -1,0 +1,592 @@
+"""Training: the same modules, the losses of the paper, and runs that resume to the same result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nanoglimpse import load
+from nanoglimpse.config import GlimpseConfig, parse_config
+from nanoglimpse.rope import mrope
+from nanoglimpse.train import base, loop
+from nanoglimpse.train.__main__ import main
+from nanoglimpse.train.accuracy import contains
+from nanoglimpse.train.base import CURRICULUM, BaseTask, Draw, Stage, asked, write_folder
+from nanoglimpse.train.branches import OPS
+from nanoglimpse.train.data import File, World, domains_of
+from nanoglimpse.train.dense import FIELDS, targets
+from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
+from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
+from nanoglimpse.train.loop import Recipe, train
+from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, render
+from nanoglimpse.world.model import Item
+
+from .tiny import TEXT, TOP, VISION, random_tensors, write_checkpoint
+
+SHAPE = {**TOP, **TEXT, "vision_config": VISION}
+TAPS = (4, 2, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random checkpoint with a tokenizer of the world."""
+    folder = tmp_path_factory.mktemp("trainable")
+    write_folder(folder, SHAPE, 0, pictures=40)
+    config = json.loads((folder / "config.json").read_text())
+    kept = folder / "tokenizer.json"
+    text = kept.read_text()
+    write_checkpoint(folder, config)
+    kept.write_text(text)
+    return folder
+
+
+@pytest.fixture
+def engine(folder):
+    return load(folder, device="cpu", dtype="float32", backend=OPS)
+
+
+def glimpse_config(**changes) -> GlimpseConfig:
+    fields = {
+        "reduce_layer": 3,
+        "selected_layers": (3,),
+        "le_layers": tuple(range(TEXT["num_hidden_layers"])),
+        "attn_fuse_size": 16,
+        "visual_cond_size": 16,
+        "attn_fuse_num_heads": 4,
+        "attn_fuse_global": True,
+        "selected_visual_layers": TAPS,
+        "deep_supervision": False,
+    }
+    return GlimpseConfig(**fields | changes)
+
+
+def glimpse_task(engine, losses=None, source=None, config=None, **options) -> GlimpseTask:
+    source = source or World(("scene",), 2, 3, 0)
+    defaults = {"dropout": 0.0, "seed": 0, "checkpointing": False}
+    return GlimpseTask(
+        engine, config or glimpse_config(), losses or Losses(), source, **defaults | options
+    )
+
+
+def recipe(**changes) -> Recipe:
+    fields = {"steps": 4, "lr": 1e-2, "accumulate": 1, "log_every": 1, "evaluate_every": 100}
+    return Recipe(**fields | changes)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def test_a_branch_is_computed_as_if_it_were_alone(engine):
+    """Shared prefixes, other questions beside it and padding change nothing."""
+    examples = World(("scene",), 2, 3, 5).examples(1)
+    rows = collate(examples, engine.processor, probes=False)
+    decoder, layout = engine.decoder, rows.layout
+    with torch.no_grad():
+        visual, _ = engine.vision(rows.patches, rows.grids)
+        hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
+        rope = mrope(rows.positions, engine.config.text_config)
+        for layer in range(len(decoder.layers)):
+            hidden = base.run_layer(decoder, layer, hidden, rope, layout, False)
+    ends = layout.split + torch.arange(6) * layout.length
+    for number, (example, one) in enumerate((e, a) for e in examples for a in e.asked):
+        prompt = engine.prompt(example.image, one.question)
+        alone = engine.prefill(prompt, "dense").logits
+        row = ends[number] + len(prompt) - layout.prefix - 1
+        torch.testing.assert_close(decoder.logits(hidden[row][None])[0], alone)
+
+
+def test_labels_are_the_answer_its_end_and_a_line_break(engine):
+    example = World(("document",), 1, 2, 3).examples(0)[0]
+    rows = collate([example], engine.processor, probes=True)
+    for number, one in enumerate(example.asked):
+        branch = slice(number * rows.layout.length, (number + 1) * rows.layout.length)
+        wanted = rows.labels[branch]
+        said = wanted[wanted != IGNORED].tolist()
+        assert engine.processor.decode(said) == one.answer + "\n"
+        assert said[-2:-1] == list(engine.eos_token_id)
+        weighty = rows.weights[branch] == SHORT_WEIGHT
+        assert engine.processor.decode(wanted[weighty].tolist()).strip().lower() == one.short
+        first = int((wanted != IGNORED).nonzero()[0])
+        assert int(rows.probe_rows[number]) == rows.layout.split + branch.start + first
+
+
+def test_training_reads_the_glimpse_as_inference_does(folder, engine, tmp_path):
+    """Raw logits, importance and first token of a trained glimpse, from the written weights."""
+    task = glimpse_task(engine)
+    train(task, recipe(steps=2), tmp_path, said=quiet)
+    batch = task.batch(7)
+    rows = batch.rows
+    with torch.no_grad():
+        visual, taps = engine.vision(rows.patches, rows.grids, TAPS)
+        logits, _ = task._layers(rows, visual, task.token())
+        importance = task._importance(rows, logits, taps)
+    for layout in ("glimpse.safetensors", "new_modules_gp.pt"):
+        (tmp_path / "glimpse" / layout).rename(tmp_path / layout)
+        other = load(
+            folder, glimpse=tmp_path / "glimpse", device="cpu", dtype="float32", backend="torch"
+        )
+        (tmp_path / layout).rename(tmp_path / "glimpse" / layout)
+        number = 0
+        for example in task.source.examples(7):
+            for one in example.asked:
+                prefill = other.prefill(other.prompt(example.image, one.question), "glimpse")
+                torch.testing.assert_close(prefill.glimpse_logits, logits[number])
+                torch.testing.assert_close(prefill.importance, importance[number])
+                number += 1
+    assert float(importance.std()) > 0
+
+
+def test_location_loss():
+    """Against the formula of the paper's code, written with loops; no evidence does not count."""
+    importance = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0], [1.0, 1.0, 1.0]])
+    evidence = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
+    dices, bces = [], []
+    for row, truth in zip(importance[:2], evidence[:2], strict=True):
+        p = [1 / (1 + 2.718281828459045 ** -float(x)) for x in row]
+        g = [float(x) for x in truth]
+        both = sum(a * b for a, b in zip(p, g, strict=True))
+        dices.append(1 - (2 * both + 1e-6) / (sum(p) + sum(g) + 1e-6))
+        logs = [-torch.tensor(a if b else 1 - a).log().item() for a, b in zip(p, g, strict=True)]
+        bces.append(sum(logs) / 3)
+    dice, bce, figures = location_loss(importance, evidence, evidence.any(1))
+    assert float(dice) == pytest.approx(sum(dices) / 2, abs=1e-6)
+    assert float(bce) == pytest.approx(sum(bces) / 2, abs=1e-6)
+    assert figures["recall"] == pytest.approx((1 + 0.5) / 2)
+    assert figures["kept"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("box", "cells"),
+    [
+        ((0.0, 0.0, 0.2, 0.2), {(0, 0)}),
+        ((0.3, 0.1, 0.6, 0.2), {(0, 1), (0, 2)}),
+        # A box that ends on a border marks the cell behind it; the last cell has none.
+        ((0.0, 0.0, 0.5, 1 / 3), {(r, c) for r in (0, 1) for c in (0, 1, 2)}),
+        ((0.9, 0.9, 1.0, 1.0), {(2, 3)}),
+    ],
+)
+def test_boxes_mark_visual_tokens(folder, box, cells):
+    config = parse_config(SHAPE | json.loads((folder / "config.json").read_text()), "tiny")
+    mask = token_mask([box], (1, 6, 8), config).view(3, 4)
+    assert {tuple(cell) for cell in mask.nonzero().tolist()} == cells
+
+
+def test_frozen_parameters_never_change(engine, tmp_path):
+    before = {k: v.clone() for k, v in engine.decoder.state_dict().items()}
+    before |= {k: v.clone() for k, v in engine.vision.state_dict().items()}
+    task = glimpse_task(engine)
+    old = {k: v.clone() for k, v in task.module.state_dict().items()}
+    train(task, recipe(), tmp_path, said=quiet)
+    after = engine.decoder.state_dict() | engine.vision.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    new = task.module.state_dict()
+    still = [k for k, v in old.items() if torch.equal(new[k], v)]
+    assert not still, still
+    assert all(p.grad is None for p in engine.decoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("losses", "trained"),
+    [
+        (Losses(lm=0.0), {"token", "predictor"}),
+        (Losses(dice=0.0, bce=0.0), {"token"}),
+    ],
+    ids=["no language loss", "no location loss"],
+)
+def test_ablations_train_what_their_loss_reaches(engine, tmp_path, losses, trained):
+    task = glimpse_task(engine, losses)
+    old = {k: v.clone() for k, v in task.module.state_dict().items()}
+    train(task, recipe(steps=2), tmp_path, said=quiet)
+    new = task.module.state_dict()
+    assert {k.split(".")[0] for k, v in old.items() if not torch.equal(new[k], v)} == trained
+
+
+def test_gradients_are_those_of_finite_differences(engine):
+    """Through the frozen layers to a glimpse vector, all three losses together."""
+    task = glimpse_task(engine)
+    batch = task.batch(0)
+    loss, _ = task.loss(batch)
+    loss.backward()
+    parameter = task.token.embeddings
+    direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    direction *= float(parameter.detach().norm() / direction.norm())
+    expected, step = float((parameter.grad * direction).sum().detach()), 1e-2
+    sides = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            parameter += sign * step * direction
+            sides.append(float(task.loss(batch)[0]))
+            parameter -= sign * step * direction
+    assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(expected, rel=0.05)
+
+
+def test_checkpointing_changes_memory_and_nothing_else(engine):
+    gradients = []
+    for checkpointing in (False, True):
+        task = glimpse_task(engine, checkpointing=checkpointing, dropout=0.1)
+        task.loss(task.batch(2))[0].backward()
+        gradients.append([p.grad for p in task.module.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["glimpse", "base"])
+def test_a_killed_run_resumes_to_the_same_bits(folder, engine, tmp_path, kind):
+    def make():
+        if kind == "glimpse":
+            return glimpse_task(engine, dropout=0.1, source=World(("scene",), 1, 2, 0))
+        return small_base(folder)
+
+    whole, broken = make(), make()
+    train(whole, recipe(steps=5, save_every=2), tmp_path / "whole", said=quiet)
+    loss = broken.loss
+    calls = []
+
+    def dying(batch):
+        calls.append(batch)
+        if len(calls) == 4:
+            raise Killed
+        return loss(batch)
+
+    broken.loss = dying
+    with pytest.raises(Killed):
+        train(broken, recipe(steps=5, save_every=2), tmp_path / "broken", said=quiet)
+    resumed = make()
+    assert train(resumed, recipe(steps=5, save_every=2), tmp_path / "broken", said=quiet)
+    for name, value in whole.module.state_dict().items():
+        assert torch.equal(resumed.module.state_dict()[name], value), name
+    lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [1, 2, 3, 4, 5, 5]
+
+
+def small_base(folder: Path, pictures: int = 2) -> BaseTask:
+    draws = (Draw("scene", ((112, 112),), (1, 2)), Draw("document", ((168, 112),), (3, 3)))
+    stages = (
+        Stage(0.5, pictures, 0, (1.0, 1.0), draws),
+        Stage(0.5, pictures, 2, (1.0, 0.5), draws),
+    )
+    task = BaseTask(folder, stages, 5, 0, torch.device("cpu"), torch.float32)
+    task.evaluate = lambda: {"exact": 0.0}
+    return task
+
+
+def test_a_state_of_another_run_is_refused(folder, engine, tmp_path, capsys):
+    train(glimpse_task(engine), recipe(steps=1), tmp_path, said=quiet)
+    common = ["glimpse", str(tmp_path), "--model", str(folder), "--steps", "3"]
+    assert main([*common, "--device", "cpu"]) == 1
+    assert "of a run with other options" in capsys.readouterr().err
+    (tmp_path / "state.pt").write_bytes(b"nonsense")
+    assert main([*common, "--device", "cpu"]) == 1
+    assert "cannot be resumed from" in capsys.readouterr().err
+
+
+def test_rates():
+    cosine = Recipe(steps=100, lr=1.0)
+    assert cosine.rate(0) == pytest.approx(0.05)
+    assert cosine.rate(9) == pytest.approx(0.95)
+    assert cosine.rate(54) == pytest.approx(0.5, abs=0.02)
+    assert cosine.rate(99) < 0.001
+    flat = Recipe(steps=100, lr=1.0, schedule="trapezoid", decay=0.3)
+    assert flat.rate(30) == flat.rate(69) == 1.0
+    assert flat.rate(84) == pytest.approx(0.5, abs=0.02)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(folder, tmp_path):
+    command = [sys.executable, "-m", "nanoglimpse.train", "glimpse", str(tmp_path)]
+    command += ["--model", str(folder), "--device", "cpu", "--steps", "400", "--accumulate", "1"]
+    command += ["--pictures", "1", "--questions", "1", "--size", "16", "--condition", "16"]
+    command += ["--log-every", "1", "--no-lm-loss", "--taps", "4", "2", "1"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "step 1/400" in run.stdout.readline()
+    run.send_signal(signal.SIGINT)
+    out, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    assert "the same command goes on" in out
+    assert "Traceback" not in error
+    done = torch.load(tmp_path / "state.pt", weights_only=True)["step"]
+    assert 1 <= done < 400
+    assert not list(tmp_path.glob(".*"))
+    again = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert f"step {done + 1}/400" in again.stdout.readline()
+    again.kill()
+    again.communicate()
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path):
+    common = ["-m", "nanoglimpse.train", "glimpse"]
+    options = ["--model", str(folder), "--device", "cpu", "--steps", "3", "--threads", "1"]
+    options += ["--pictures", "1", "--questions", "2", "--size", "16", "--condition", "16"]
+    options += ["--taps", "4", "2", "1", "--lr", "0.01", "--evaluate-every", "1000"]
+    single = [sys.executable, *common, str(tmp_path / "one"), *options, "--accumulate", "2"]
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    several += [f"--master-port={29500 + os.getpid() % 1000}"]
+    double = [*several, *common, str(tmp_path / "two"), *options, "--accumulate", "1"]
+    runs = [
+        subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for c in (single, double)
+    ]
+    for run in runs:
+        _, error = run.communicate(timeout=240)
+        assert run.returncode == 0, error
+    one, two = (
+        torch.load(tmp_path / name / "state.pt", weights_only=True)["parameters"]
+        for name in ("one", "two")
+    )
+    for ours, theirs in zip(one, two, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_eight_samples_are_learned_by_heart(tmp_path):
+    """In well under a minute; the dense loss, the language loss and the optimiser together."""
+    shape = {**SHAPE, "num_hidden_layers": 3}
+    write_folder(tmp_path, shape, 0, pictures=40)
+    stages = (Stage(1.0, 4, 2, (0.2, 0.2), (Draw("scene", ((112, 112),), (2, 2)),)),)
+    task = BaseTask(tmp_path, stages, 1, 0, torch.device("cpu"), torch.float32)
+    batch = task.batch(0)
+    task.batch = lambda micro: batch
+    start = time.perf_counter()
+    exact = 0.0
+    for steps in (60, 120, 240, 480):
+        plan = recipe(steps=steps, lr=4e-3, schedule="trapezoid", save_every=1000, decay=1e-9)
+        task.evaluate = lambda: {"exact": task.loss(batch)[1]["exact"]}
+        (tmp_path / "state.pt").unlink(missing_ok=True)
+        train(task, plan, tmp_path, said=quiet)
+        exact = task.loss(batch)[1]["exact"]
+        if exact == 1.0:
+            break
+    assert exact == 1.0
+    assert time.perf_counter() - start < 120
+
+
+def test_a_trained_model_is_an_ordinary_checkpoint(folder, tmp_path):
+    """It loads in the engine and in transformers, and both give the logits of the trainer."""
+    transformers = pytest.importorskip("transformers")
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    task = small_base(tmp_path)
+    train(task, recipe(steps=2), tmp_path, said=quiet)
+    engine = load(tmp_path, device="cpu", dtype="float32")
+    picture = render(0, 3, domain="scene", canvas=(168, 112))
+    rows = collate(
+        [Example(picture.image, (asked(picture.questions[0], False),))],
+        engine.processor,
+        probes=False,
+    )
+    answer = engine.prefill(engine.prompt(picture.image, picture.questions[0].text), "dense")
+    task.module.to(torch.bfloat16).to(torch.float32)
+    with torch.no_grad():
+        visual, _ = task.module["vision"](rows.patches, rows.grids)
+    torch.testing.assert_close(answer.visual, visual, rtol=1e-4, atol=1e-5)
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32
+    )
+    grid = torch.tensor([answer.batch.grids[0][0]])
+    with torch.no_grad():
+        theirs = model.model.visual(rows.patches, grid_thw=grid)
+    theirs = getattr(theirs, "pooler_output", theirs)
+    theirs = torch.cat(list(theirs)) if isinstance(theirs, list | tuple) else theirs
+    torch.testing.assert_close(answer.visual, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_chat_template_is_the_engines(folder):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    engine = load(folder, device="cpu", dtype="float32")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    pad = "<|image_pad|>"
+    image = render(0, 0, domain="scene", canvas=(112, 112)).image
+    ids = tokenizer(text.replace(pad, pad * 16)).input_ids
+    assert ids == engine.prompt(image, "What is it?").token_ids.tolist()
+
+
+def test_dense_targets():
+    """By hand: a picture of two cells by two, a red circle with 7 on the right half."""
+    item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),))
+    picture = type("Picture", (), {"items": (item,)})
+    wanted, weights = targets(picture, (1, 4, 4), 2)
+    assert wanted.shape == (4, 2, len(FIELDS))
+    assert wanted[0].unique().tolist() == wanted[2].unique().tolist() == [0]
+    thing = [1, 1, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]
+    assert wanted[1].tolist() == wanted[3].tolist() == [thing, thing]
+    assert weights.tolist() == [
+        [pytest.approx(0.3)] * 2,
+        [5.0, 1.0],
+        [pytest.approx(0.3)] * 2,
+        [1.0, 1.0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reply", "short", "right"),
+    [
+        ("The number is 7.", "7", True),
+        ("The number is 17.", "7", False),
+        ("It is 7.50.", "7", False),
+        ("It is 4.50.", "4.50", True),
+        ("It is 14.50.", "4.50", False),
+        ("Yes, there is.", "yes", True),
+        ("The blue square is.", "blue square", True),
+        ("No.", "yes", False),
+        ("K77", "K7", False),
+        ("", "7", False),
+    ],
+)
+def test_what_counts_as_right(reply, short, right):
+    assert contains(reply, short) is right
+
+
+def test_the_curriculum_can_be_drawn(folder):
+    """Every kind of picture of every stage, with as many questions as it wants."""
+    assert sum(stage.share for stage in CURRICULUM) == pytest.approx(1)
+    for stage in CURRICULUM:
+        for draw in stage.draws:
+            for canvas in draw.canvases:
+                picture = render(
+                    0, 1, domain=draw.domain, canvas=canvas, things=draw.things, size=draw.size
+                )
+                assert picture.items
+                assert picture.questions
+
+
+def test_questions_are_put_free_form_and_brief():
+    question = render(0, 0, domain="scene").questions[0]
+    free, brief = asked(question, False), asked(question, True)
+    assert (free.question, free.answer) == (question.text, question.answer)
+    assert (brief.question, brief.answer) == (question.text + BRIEF_SUFFIX, question.short)
+
+
+def write_rows(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_files_of_both_layouts_are_the_same_data(tmp_path):
+    picture = render(0, 0, domain="scene", canvas=(280, 140))
+    picture.image.save(tmp_path / "a.png")
+    box = picture.questions[0].boxes[0] if picture.questions[0].boxes else (0.1, 0.2, 0.3, 0.4)
+    plain = [{"image": "a.png", "question": "q?", "answer": "It is 7.", "boxes": [box]}] * 20
+    pixels = [box[0] * 280, box[1] * 140, box[2] * 280, box[3] * 140]
+    cot = [
+        {
+            "image": "a.png",
+            "question": "q?",
+            "answer": "It is 7.",
+            "width": 280,
+            "height": 140,
+            "bboxs": [pixels],
+            "dataset": "d",
+            "split": "train",
+        }
+    ] * 20
+    write_rows(tmp_path / "plain.jsonl", [*plain, {**plain[0], "image": "gone.png"}])
+    write_rows(tmp_path / "cot.jsonl", cot)
+    one, two = (File(tmp_path / name, tmp_path, 0) for name in ("plain.jsonl", "cot.jsonl"))
+    assert one.missing == [str(tmp_path / "gone.png")]
+    assert (one.count, len(one.heldout())) == (18, 2)
+    for a, b in zip(one.examples(3), two.examples(3), strict=True):
+        assert a.asked[0].boxes[0] == pytest.approx(b.asked[0].boxes[0])
+        assert a.image.tobytes() == b.image.tobytes()
+
+
+def test_an_epoch_visits_every_row_once(tmp_path):
+    render(0, 0, domain="scene", canvas=(112, 112)).image.save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": str(i), "answer": "7", "boxes": []} for i in range(30)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    file = File(tmp_path / "rows.jsonl", tmp_path, 0)
+    orders = [
+        [file.examples(epoch * 27 + i)[0].asked[0].question for i in range(27)]
+        for epoch in range(2)
+    ]
+    assert sorted(orders[0], key=int) == sorted(orders[1], key=int) == [str(i) for i in range(27)]
+    assert orders[0] != orders[1]
+    assert {e.asked[0].question for e in file.heldout()} == {"27", "28", "29"}
+
+
+BAD = {
+    "no file": (None, ["--data", "gone.jsonl"], "gone.jsonl cannot be read"),
+    "no json": ("{", [], "line 1 is no question with evidence"),
+    "no key": ('{"image": "a.png", "question": "q"}', [], "line 1 has no key"),
+    "bad box": (
+        '{"image": "a.png", "question": "q", "answer": "a", "boxes": [[1, 2]]}',
+        [],
+        "line 1",
+    ),
+    "no picture": (
+        '{"image": "a.png", "question": "q", "answer": "a", "boxes": []}',
+        [],
+        "holds nothing to train on; the first picture it misses",
+    ),
+    "no domain": (None, ["--data", "world:zoo"], "no domain zoo"),
+    "no end": (None, ["--data", "world"], "how many --steps"),
+    "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),
+    "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
+    "dtype": (None, ["--dtype", "float16"], "cannot be trained in"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(folder, tmp_path, capsys, name):
+    content, options, message = BAD[name]
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content + "\n")
+        options = ["--data", str(tmp_path / "data.jsonl")]
+    command = ["glimpse", str(tmp_path / "run"), "--model", str(folder), "--device", "cpu"]
+    assert main([*command, *options]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("nanoglimpse: error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_domains():
+    assert domains_of("world") == DOMAINS
+    assert domains_of("world:scene,chart") == ("scene", "chart")
+
+
+def test_ablations_of_the_paper_are_ordinary_weights(folder, tmp_path):
+    """Each writes a folder that the engine prunes with."""
+    for number, option in enumerate(
+        ["--no-predictor", "--no-visual-condition", "--no-location-loss", "--no-lm-loss"]
+    ):
+        run = tmp_path / str(number)
+        options = ["--model", str(folder), "--device", "cpu", "--steps", "1", "--pictures", "1"]
+        options += ["--questions", "1", "--size", "16", "--condition", "16", "--layer", "3"]
+        options += ["--taps", "4", "2", "1", "--accumulate", "1", "--evaluate-every", "100"]
+        assert main(["glimpse", str(run), *options, option]) == 0
+        engine = load(folder, glimpse=run / "glimpse", device="cpu", dtype="float32")
+        assert engine.glimpse.config.layers == 3
+        image = render(0, 0, domain="scene", canvas=(224, 224)).image
+        answer = engine.ask(image, "What?", max_new_tokens=1)
+        assert answer.importance.shape == (64,)
+        if option == "--no-location-loss":
+            assert int(answer.kept.sum()) == 7
+
+
+def test_weights_fit_a_module_whose_names_are_known(engine):
+    """The exporter's names are those that the loader's table has."""
+    task = glimpse_task(engine)
+    module = nn.ModuleDict({"predictor": task.predictor})
+    assert len(random_tensors(module)) == 2 + 2 * len(TAPS) + len(TAPS) * 12 + 2
+
+
+def test_recipes_that_are_the_same_run(tmp_path):
+    one = loop._identity(recipe())
+    assert one == loop._identity(recipe(save_every=7, workers=3, log_every=9))
+    assert one != loop._identity(recipe(lr=0.5))
