@@ -21,7 +21,7 @@ from nanoglimpse.train.accuracy import contains
 from nanoglimpse.train.base import CURRICULUM, BaseTask, Draw, Stage, asked, write_folder
 from nanoglimpse.train.branches import OPS
 from nanoglimpse.train.data import File, World, domains_of
-from nanoglimpse.train.dense import FIELDS, targets
+from nanoglimpse.train.dense import CHARACTERS, FIELDS, targets
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
 from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
 from nanoglimpse.train.loop import Recipe, train
@@ -420,7 +420,7 @@ def test_dense_targets():
     """By hand: a picture of two cells by two, a red circle with 7 on the right half."""
     item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),))
     picture = type("Picture", (), {"items": (item,)})
-    wanted, weights = targets(picture, (1, 4, 4), 2)
+    wanted, weights, printed = targets(picture, (1, 4, 4), 2)
     assert wanted.shape == (4, 2, len(FIELDS))
     assert wanted[0].unique().tolist() == wanted[2].unique().tolist() == [0]
     thing = [1, 1, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]
@@ -431,6 +431,29 @@ def test_dense_targets():
         [pytest.approx(0.3)] * 2,
         [1.0, 1.0],
     ]
+    assert [row.nonzero().flatten().tolist() for row in printed] == [[], [7], [], []]
+
+
+def test_characters_are_read_where_they_are_printed():
+    """Two words on four cells: each letter belongs to the cell that has most of it, or is full."""
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "Z9", ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)))
+    picture = type("Picture", (), {"items": (item,)})
+    printed = targets(picture, (1, 4, 8), 2)[2].view(2, 4, -1)
+    found = {
+        (row, column): [CHARACTERS[i] for i in printed[row, column].nonzero().flatten()]
+        for row in range(2)
+        for column in range(4)
+    }
+    assert found == {
+        (0, 0): ["A"],
+        (0, 1): ["B"],
+        (0, 2): [],
+        (0, 3): [],
+        (1, 0): [],
+        (1, 1): [],
+        (1, 2): ["Z"],
+        (1, 3): ["9"],
+    }
 
 
 @pytest.mark.parametrize(

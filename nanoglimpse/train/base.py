@@ -89,18 +89,25 @@ def _squares(*sides: int) -> tuple[tuple[int, int], ...]:
 
 CURRICULUM = (
     Stage(
-        share=0.1,
+        share=0.05,
+        pictures=32,
+        questions=0,
+        dense=(1.0, 1.0),
+        draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
+    ),
+    Stage(
+        share=0.08,
         pictures=32,
         questions=0,
         dense=(1.0, 1.0),
         draws=(
-            Draw("scene", _squares(112), (1, 1), (56, 106), 2.0),
+            Draw("scene", _squares(112), (1, 1), (44, 106)),
             Draw("document", ((168, 112), (224, 112)), (3, 4)),
             Draw("chart", ((168, 168), (224, 168)), (3, 4)),
         ),
     ),
     Stage(
-        share=0.15,
+        share=0.17,
         pictures=8,
         questions=8,
         dense=(1.0, 0.7),
@@ -111,7 +118,7 @@ CURRICULUM = (
         ),
     ),
     Stage(
-        share=0.35,
+        share=0.3,
         pictures=8,
         questions=8,
         dense=(0.7, 0.4),
@@ -144,8 +151,7 @@ class BaseBatch:
 
     patches: Tensor
     grids: tuple
-    wanted: Tensor
-    weights: Tensor
+    targets: tuple[Tensor, ...]
     dense: float
     rows: Batch | None
 
@@ -255,18 +261,16 @@ class BaseTask:
             patches, grids = torch.cat([m[0] for m in made]), tuple(m[1] for m in made)
         merge = self.config.vision_config.spatial_merge_size
         targets = [dense.targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
-        wanted, weights = (torch.cat(parts) for parts in zip(*targets, strict=True))
-        return BaseBatch(patches, grids, wanted, weights, weight, rows)
+        targets = tuple(torch.cat(parts) for parts in zip(*targets, strict=True))
+        return BaseBatch(patches, grids, targets, weight, rows)
 
     def loss(self, batch: BaseBatch) -> tuple[Tensor, dict[str, float]]:
         """Cross entropy of the answers, and the dense loss."""
         patches = batch.patches.to(self.device, self.dtype)
         visual, _ = self.module["vision"](patches, batch.grids)
-        seen, right = self.module["dense"](
-            visual, batch.wanted.to(self.device), batch.weights.to(self.device)
-        )
-        figures = {"samples": len(batch.grids), "dense": float(seen.detach())}
-        figures |= {f"cell{field}": float(right[field]) for field in (0, 1, 2, 6, 7)}
+        targets = [target.to(self.device) for target in batch.targets]
+        seen, shares = self.module["dense"](visual, *targets)
+        figures = {"samples": len(batch.grids), "dense": float(seen.detach()), **shares}
         if batch.rows is None:
             return batch.dense * seen, figures
         rows = batch.rows.to(self.device, self.dtype)

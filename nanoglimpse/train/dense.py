@@ -4,6 +4,7 @@ Language alone teaches a vision encoder from scratch slowly: after thousands of 
 are still at chance. So a linear head on the visual tokens predicts, for the upper and the lower
 half of each cell, kind, colour, first letters of the name and characters of the value of the thing
 there. All cells of a thing carry all of it: the name's cells the value, and the other way round.
+Reading comes before that: a second head says which characters are printed in a cell, in any order.
 """
 
 import torch
@@ -22,12 +23,19 @@ FIELDS = (
     *[len(CHARACTERS) + 1] * VALUE_LENGTH,
 )
 HALVES = 2
+SHOWN = {"kind": 0, "colour": 1, "name": 2, "value": 2 + NAME_LENGTH}
+READ_WEIGHT = 2.0
 NOTHING_WEIGHT, THING_WEIGHT, TEXT_WEIGHT = 0.3, 1.0, 5.0
-COVERED = 0.2
+COVERED, PRINTED = 0.2, 0.4
 
 
-def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor]:
-    """What to predict: int64 [N, 2, fields], 0 for nothing there, and weights fp32 [N, 2]."""
+def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What to predict.
+
+    Returns:
+        int64 [N, 2, fields], 0 for nothing there; fp32 [N, 2], how much each half counts; and
+        fp32 [N, characters], 1 for those that are printed in a cell.
+    """
     height, width = HALVES * grid[1] // merge, grid[2] // merge
     rows = torch.tensor([[0] * len(FIELDS), *(_fields(item) for item in picture.items)])
     things = _cover([item.box for item in picture.items], height, width)
@@ -36,7 +44,26 @@ def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor]:
     printed = _cover([box for item in picture.items for box in item.text_boxes], height, width)
     weights = torch.where(thing > 0, THING_WEIGHT, NOTHING_WEIGHT)
     weights[(thing > 0) & (printed.amax(0) > COVERED)] = TEXT_WEIGHT
-    return _by_token(rows[thing], width), _by_token(weights, width)
+    printed = _printed(picture, height // HALVES, width)
+    return _by_token(rows[thing], width), _by_token(weights, width), printed
+
+
+def _printed(picture: Picture, height: int, width: int) -> Tensor:
+    """Multi-hot characters of each cell; in a text box all are taken to be equally wide."""
+    found = torch.zeros(height * width, len(CHARACTERS))
+    boxes, characters = [], []
+    for item in picture.items:
+        texts = (item.name, item.value)[-len(item.text_boxes) :]
+        for (x0, y0, x1, y1), text in zip(item.text_boxes, texts, strict=True):
+            step = (x1 - x0) / len(text)
+            boxes += [(x0 + i * step, y0, x0 + (i + 1) * step, y1) for i in range(len(text))]
+            characters += [CHARACTERS.index(c) for c in text.upper()]
+    covers = _cover(boxes, height, width).flatten(1)
+    area = covers.sum(1, keepdim=True)
+    seen = (covers > PRINTED * area) | (covers > PRINTED)
+    for cells, character in zip(seen, characters, strict=True):
+        found[cells, character] = 1
+    return found
 
 
 def _by_token(x: Tensor, width: int) -> Tensor:
@@ -63,23 +90,33 @@ def _fields(item) -> list[int]:
 
 
 class DenseHead(nn.Module):
-    """The linear head; only training needs it."""
+    """The linear heads; only training needs them."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.linear = nn.Linear(size, HALVES * sum(FIELDS))
+        self.things = nn.Linear(size, HALVES * sum(FIELDS))
+        self.printed = nn.Linear(size, len(CHARACTERS))
 
-    def forward(self, visual: Tensor, wanted: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, and the share of text cells [fields] that are right.
+    def forward(
+        self, visual: Tensor, wanted: Tensor, weights: Tensor, printed: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss, and shares of text cells that are right: kind, colour, name, value, characters.
 
         Args:
             visual: [N, C].
-            wanted, weights: from `targets`.
+            wanted, weights, printed: from `targets`.
         """
-        logits = self.linear(visual).float().view(-1, sum(FIELDS))
-        wanted, weights = wanted.view(-1, len(FIELDS)), weights.view(-1)
-        losses, right, text = [], [], weights == TEXT_WEIGHT
+        logits = self.things(visual).float().view(-1, sum(FIELDS))
+        wanted, halves = wanted.view(-1, len(FIELDS)), weights.view(-1)
+        loss, right = torch.zeros(()), []
+        text = halves == TEXT_WEIGHT
         for field, part in enumerate(logits.split(FIELDS, dim=1)):
-            losses.append(F.cross_entropy(part, wanted[:, field], reduction="none"))
-            right.append((part[text].argmax(1) == wanted[text, field]).float().mean())
-        return torch.stack(losses).sum(0) @ weights / weights.sum(), torch.stack(right)
+            loss = loss + F.cross_entropy(part, wanted[:, field], reduction="none")
+            right.append((part[text].argmax(1) == wanted[text, field]).float())
+        things = loss @ halves / halves.sum()
+        guess, cells = self.printed(visual).float(), weights.amax(1)
+        wrong = F.binary_cross_entropy_with_logits(guess, printed, reduction="none").sum(1)
+        read = (guess > 0) == printed.bool()
+        figures = {name: float(right[field].mean()) for name, field in SHOWN.items()}
+        figures["read"] = float(read[printed.any(1)].all(1).float().mean())
+        return things + READ_WEIGHT * wrong @ cells / cells.sum(), figures

@@ -141,7 +141,7 @@ def background(
     dark, light = (
         tuple(min(max(level + side * spread + part, 0), 255) for part in tint) for side in (-1, 1)
     )
-    return ImageOps.colorize(grey, dark, light)
+    return Image.composite(Image.new("RGB", size, light), Image.new("RGB", size, dark), grey)
 
 
 @lru_cache(maxsize=TEXTURES)
