@@ -1,7 +1,7 @@
 """Prompts packed one after the other, and the row arithmetic that pruning needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -84,6 +84,24 @@ class Batch:
         stays[self.visual_rows] = kept
         counts = [int(part.sum()) for part in stays.split(self.counts)]
         return stays.nonzero().flatten(), counts
+
+    def keep(self, rows: Tensor, kept: Tensor, counts: list[int]) -> "Batch":
+        """The batch of the rows that survive; arguments as `survivors` takes and gives them."""
+        stands = torch.zeros(len(self.token_ids), dtype=torch.bool, device=rows.device)
+        stands[self.visual_rows] = True
+        left = torch.tensor(counts)
+        order = torch.arange(len(counts))
+        return replace(
+            self,
+            token_ids=self.token_ids[rows],
+            positions=self.positions[:, rows],
+            visual_rows=stands[rows].nonzero().flatten(),
+            prunable=self.prunable[kept],
+            counts=counts,
+            visual_counts=[int(part.sum()) for part in kept.split(self.visual_counts)],
+            prompt_rows=(torch.arange(len(rows)) + order.repeat_interleave(left)).to(rows.device),
+            probe_rows=(left.cumsum(0) + order).to(rows.device),
+        )
 
 
 def _image_sizes(prompt: Prompt, config: Config) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Packing, Rope, select
+from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
 from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
@@ -25,10 +26,6 @@ from .vision import VisionEncoder
 from .weights import load_glimpse, load_model, locate, read_adapter
 from .weights.checkpoint import Progress
 
-METHODS = {
-    "dense": "keeps every visual token",
-    "glimpse": "GlimpsePrune, arXiv 2508.01548: after K layers keeps what the question needs",
-}
 MODEL_FILES = ["*.json", "*.safetensors", "glimpse/*"]
 GLIMPSE_FILES = ["config.json", "new_modules_gp.pt", "glimpse.safetensors"]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -79,10 +76,15 @@ def load(
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
 
 
-def check_method(name: str) -> None:
-    """Raises a UsageError if there is no pruning method of this name."""
+def find_method(name: str) -> Method:
+    """The pruning method of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
 
 
 def _device(name: str) -> torch.device:
@@ -162,6 +164,8 @@ class Engine:
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
+        seed: int = 0,
+        evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
     ) -> Prefill:
         """Reads prompts of any lengths, packed, up to the logits of their first answer tokens.
@@ -172,110 +176,122 @@ class Engine:
             threshold, max_ratio, min_tokens, anchors: the rule of `Selection`; what the glimpse
                 weights' config.json says where None. `max_ratio=1` lifts a cap.
             max_new_tokens: room that the cache gets for the answer.
+            seed: of methods that draw.
+            evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
+                "oracle" keeps them.
             trace: keep `hidden`.
 
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
-        method = self._method(method)
+        pruner = self._method(method, max_ratio)
         rule = self._selection(threshold, max_ratio, min_tokens, anchors)
         self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
         clock = Clock(self.device)
-        batch = Batch.of(prompts, self.config, self.device)
+        whole = batch = Batch.of(prompts, self.config, self.device)
         total, depth = len(batch.visual_rows), len(self.decoder.layers)
 
         patches = pack([prompt.patches for prompt in prompts]).to(self.device)
-        tapped = self.glimpse.config.selected_visual_layers if self.glimpse else ()
-        visual, taps = self.vision(patches, batch.all_grids, tapped)
+        visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner))
         clock.lap("vision")
         hidden = self.decoder.embed_tokens(batch.token_ids)
         hidden[batch.visual_rows] = visual
-        positions, counts, first = batch.positions, batch.counts, 0
-        glimpse_logits = importance = traced = None
         kept = torch.ones(total, dtype=torch.bool, device=self.device)
+        choice, traced, cache, first = Choice(kept), None, None, 0
+        processed: list[int] = []
 
-        if method == "glimpse":
-            first = self.glimpse.config.layers
-            hidden, lower, glimpse_logits = self._glimpse_layers(hidden, batch)
-            clock.lap(f"layers < {first}")
-            importance = self.glimpse.predictor(glimpse_logits, taps, batch.all_grids)
-            kept = self._select(importance, batch, rule)
-            rows, counts = batch.survivors(kept)
+        for stop in pruner.stops(self):
+            hidden, lower, read = self._layers(hidden, batch, cache, first, stop, pruner)
+            clock.lap(f"layers < {stop}")
+            known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
+            look = Look(self, batch, visual, taps, read, rule, seed, known)
+            choice = pruner.choose(look if cache is None else look.of(kept))
+            rows, counts = batch.survivors(choice.kept)
             clock.lap("score")
-            cache = lower.keep(batch.prompt_rows[rows], counts, depth, max_new_tokens)
+            own = rows if pruner.probe(self) is None else batch.prompt_rows[rows]
+            kept = choice.kept if cache is None else kept.masked_scatter(kept, choice.kept)
+            cache = lower.keep(own, counts, depth, max_new_tokens)
             traced = hidden[batch.prompt_rows] if trace else None
-            hidden, positions = hidden[batch.prompt_rows[rows]], positions[:, rows]
+            processed += [sum(batch.visual_counts)] * (stop - first)
+            hidden, batch, first = hidden[own], batch.keep(rows, choice.kept, counts), stop
             del lower  # the whole prompt's rows; only the survivors are needed from here
             clock.lap("keep")
-        else:
-            room = [n + max_new_tokens for n in counts]
-            cache = self._cache(depth, room, batch, hidden)
-            cache.extend(counts)
+        if cache is None:
+            cache = self._cache(depth, [n + max_new_tokens for n in batch.counts], batch, hidden)
+            cache.extend(batch.counts)
 
         logits = self.decoder.prefill_tail(
             hidden,
-            mrope(positions, self.config.text_config),
+            mrope(batch.positions, self.config.text_config),
             cache,
             cache.used(),
-            Packing(counts, self.device),
+            Packing(batch.counts, self.device),
             first,
-            last_rows(counts, self.device),
+            last_rows(batch.counts, self.device),
         )
         clock.lap(f"layers ≥ {first}" if first else "layers")
-        left = int(kept.sum())
+        left = sum(batch.visual_counts)
         return Prefill(
-            method=method,
+            method=pruner.name,
             visual=visual,
             taps=taps,
-            glimpse_logits=glimpse_logits,
-            importance=importance,
+            glimpse_logits=choice.glimpse_logits,
+            importance=choice.importance,
             kept=kept,
-            positions=positions,
+            positions=batch.positions,
             hidden=traced,
             logits=logits,
             cache=cache,
-            budgets=Budgets.of([total] * first + [left] * (depth - first), [left] * depth, total),
-            batch=batch,
+            budgets=Budgets.of(processed + [left] * (depth - first), [left] * depth, total),
+            batch=whole,
             clock=clock,
         )
 
-    def _glimpse_layers(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Cache, Tensor]:
-        """Layers 0 … K-1 with the glimpse row last in every prompt.
+    def _layers(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        cache: Cache | None,
+        first: int,
+        stop: int,
+        pruner: Method,
+    ) -> tuple[Tensor, Cache, dict[int, Tensor]]:
+        """Layers first … stop-1, with the method's probe last in every prompt if it has one.
 
         Returns:
-            hidden [T + B, C] after layer K-1, the K layers' cache of the same rows, and the glimpse
-            row's raw logits [N, HQ · selected layers] to the visual tokens of its prompt.
+            hidden [T, C], or [T + B, C] with probes, the cache of the same rows, and by layer that
+            the method reads the asking row's raw logits [T, HQ] to the rows of its prompt.
         """
-        glimpse, probes = self.glimpse, batch.probe_rows
-        counts = [n + 1 for n in batch.counts]
-        hidden = batch.with_probes(hidden, 0)
-        positions = batch.with_probes(batch.positions.T, batch.next_position[:, None]).T
+        vectors, reads = pruner.probe(self), pruner.reads(self)
+        counts, positions, own = batch.counts, batch.positions, slice(None)
+        asking = last_rows(counts, self.device)
+        if vectors is not None:
+            counts, own, asking = [n + 1 for n in counts], batch.prompt_rows, batch.probe_rows
+            hidden = batch.with_probes(hidden, 0)
+            positions = batch.with_probes(positions.T, batch.next_position[:, None]).T
         rope = mrope(positions, self.config.text_config)
-        cache = self._cache(glimpse.config.layers, counts, batch, hidden)
-        rows, packing = cache.extend(counts), Packing(counts, self.device)
-        looks = {}
-        for layer in range(glimpse.config.layers):
+        if cache is None:
+            cache = self._cache(stop, counts, batch, hidden)
+            cache.extend(counts)
+        rows, packing, read = cache.used(), Packing(counts, self.device), {}
+        for layer in range(first, stop):
             block = self.decoder.layers[layer]
-            hidden[probes] += glimpse.vectors[layer]
-            probe = hidden[probes]
+            if vectors is not None:
+                hidden[asking] += vectors[layer]
+            asked = hidden[asking]
             hidden = block(hidden, rope, cache, layer, rows, packing)
-            if layer in glimpse.config.selected_layers:
-                q = block.query(probe, rope[probes])
-                k = cache.k[layer, batch.prompt_rows[batch.visual_rows]].split(batch.visual_counts)
+            if layer in reads:
+                q = block.query(asked, rope[asking])
+                k = cache.k[layer, rows][own].split(batch.counts)
                 pairs = zip(q, k, strict=True)
-                looks[layer] = torch.cat([self.ops.row_logits(*pair) for pair in pairs])
-        logits = [looks[layer] for layer in glimpse.config.selected_layers]
-        return hidden, cache, torch.cat(logits, dim=-1)
+                read[layer] = torch.cat([self.ops.row_logits(*pair) for pair in pairs])
+        return hidden, cache, read
 
-    def _select(self, importance: Tensor, batch: Batch, rule: Selection) -> Tensor:
-        """Kept visual tokens bool [N]: the rule pools each prompt's pictures, videos all stay."""
-        kept, first = ~batch.prunable, 0
-        for sizes, count in zip(batch.image_sizes, batch.visual_counts, strict=True):
-            own = slice(first, first + count)
-            prunable = batch.prunable[own]
-            kept[own][prunable] = rule(importance[own][prunable], sizes)
-            first += count
-        return kept
+    def _taps(self, pruner: Method) -> Sequence[int]:
+        """Vision blocks to tap: the predictor's, so that they can be looked at, or the method's."""
+        return pruner.taps(self) or (
+            self.glimpse.config.selected_visual_layers if self.glimpse else ()
+        )
 
     def _selection(
         self,
@@ -296,16 +312,19 @@ class Engine:
         text = self.config.text_config
         return Cache(text, layers, capacity, batch.next_position, like, self.ops)
 
-    def _method(self, name: str | None) -> str:
-        if name is None:
-            return "glimpse" if self.glimpse else "dense"
-        check_method(name)
-        if name == "glimpse" and not self.glimpse:
+    def _method(self, name: str | None, max_ratio: float | None) -> Method:
+        method = find_method(name or ("glimpse" if self.glimpse else "dense"))
+        if method.name == "glimpse" and not self.glimpse:
             raise UsageError(
                 f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "
                 "them (published: ashun989/GlimpsePrune_Qwen2.5-VL-3B-Instruct, and -7B-)"
             )
-        return name
+        if method.capped and max_ratio is None:
+            raise UsageError(
+                f"method {method.name} keeps a share of the visual tokens that it has to be told; "
+                "give max_ratio (--max-ratio), for example 0.111"
+            )
+        return method
 
     def _check_context(self, lengths: Sequence[int], max_new_tokens: int) -> None:
         limit, longest = self.config.text_config.max_position_embeddings, max(lengths, default=0)

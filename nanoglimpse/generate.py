@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .engine import METHODS, Engine, check_method, load
+from .engine import Engine, find_method, load
 from .errors import NanoglimpseError, UsageError
+from .methods import METHODS
 from .overlay import save_overlay
 from .processor import SYSTEM, open_picture
 from .results import Answer
@@ -56,7 +57,7 @@ def parser() -> Parser:
 
     prune = p.add_argument_group("pruning")
     prune.add_argument(
-        "--method", help=f"{' or '.join(METHODS)} (default: glimpse where there are weights for it)"
+        "--method", help=f"{', '.join(METHODS)} (default: glimpse where there are weights for it)"
     )
     prune.add_argument("--threshold", type=float, help="keep above it (default: weights', 0.5)")
     prune.add_argument("--max-ratio", type=float, help="keep at most this share (default: no cap)")
@@ -192,7 +193,7 @@ def _check_early(args: argparse.Namespace, images: list[str]) -> None:
     for image in images:
         open_picture(image).close()
     if args.method is not None:
-        check_method(args.method)
+        find_method(args.method)
     if args.overlay:
         _check_writable(Path(args.overlay))
 
