@@ -164,7 +164,7 @@ class Engine:
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
     ) -> Prefill:
@@ -176,7 +176,7 @@ class Engine:
             threshold, max_ratio, min_tokens, anchors: the rule of `Selection`; what the glimpse
                 weights' config.json says where None. `max_ratio=1` lifts a cap.
             max_new_tokens: room that the cache gets for the answer.
-            seed: of methods that draw.
+            seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
             trace: keep `hidden`.
@@ -187,6 +187,7 @@ class Engine:
         pruner = self._method(method, max_ratio)
         rule = self._selection(threshold, max_ratio, min_tokens, anchors)
         self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
         whole = batch = Batch.of(prompts, self.config, self.device)
         total, depth = len(batch.visual_rows), len(self.decoder.layers)
@@ -204,7 +205,7 @@ class Engine:
             hidden, lower, read = self._layers(hidden, batch, cache, first, stop, pruner)
             clock.lap(f"layers < {stop}")
             known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
-            look = Look(self, batch, visual, taps, read, rule, seed, known)
+            look = Look(self, batch, visual, taps, read, rule, seeds, known)
             choice = pruner.choose(look if cache is None else look.of(kept))
             rows, counts = batch.survivors(choice.kept)
             clock.lap("score")

@@ -59,11 +59,10 @@ def test_a_batch_is_each_prompt_alone(engine, name):
         prompt_of(engine, 1, *GRIDS, 2, seed=2),
     ]
     masks = [torch.arange(sum(h * w // 4 for _, h, w in p.grids)) % 5 == 0 for p in prompts]
-    options = {"max_ratio": 0.3, "seed": 3}
-    together = engine.prefill_many(prompts, name, evidence=masks, **options)
+    together = engine.prefill_many(prompts, name, evidence=masks, max_ratio=0.3, seed=[3, 4, 5])
     alone = [
-        engine.prefill(p, name, evidence=[m], **options)
-        for p, m in zip(prompts, masks, strict=True)
+        engine.prefill(p, name, evidence=[m], max_ratio=0.3, seed=seed)
+        for p, m, seed in zip(prompts, masks, (3, 4, 5), strict=True)
     ]
     assert torch.equal(together.kept, torch.cat([one.kept for one in alone]))
     tokens = zip(*engine.decode_many(together, 8, ignore_eos=True), strict=True)

@@ -41,7 +41,7 @@ class Look:
         rows: by layer that the method reads, the raw attention logits [T, HQ] of the asking row,
             which is the glimpse if there is one and else each prompt's last, to its prompt's rows.
         rule: threshold, cap, minimum and anchors that the user asked for.
-        seed: of methods that draw.
+        seeds: of methods that draw, one a prompt.
         evidence: bool [N], the visual tokens that the answers need, where they are known.
     """
 
@@ -51,7 +51,7 @@ class Look:
     taps: Tensor
     rows: dict[int, Tensor]
     rule: Selection
-    seed: int
+    seeds: list[int]
     evidence: Tensor | None
 
     def of(self, kept: Tensor) -> "Look":

@@ -24,7 +24,7 @@ class Random(Method):
     def choose(self, look: Look) -> Choice:
         """By the seed alone, so that a prompt in a batch is drawn for as if it were alone."""
         generator, scores = torch.Generator(), []
-        for count in look.batch.visual_counts:
-            scores.append(torch.rand(count, generator=generator.manual_seed(look.seed)))
+        for count, seed in zip(look.batch.visual_counts, look.seeds, strict=True):
+            scores.append(torch.rand(count, generator=generator.manual_seed(seed)))
         drawn = torch.cat(scores).to(look.visual.device)
         return Choice(look.by_rule(drawn, threshold=0.0))
