@@ -4,12 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 
-from ..config import Config, GlimpseConfig, check_glimpse
+from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import load
 from ..errors import NanoglimpseError, UsageError
 from .base import CURRICULUM, BaseTask, write_folder
@@ -18,6 +18,10 @@ from .data import File, World, domains_of
 from .glimpse import GlimpseTask, Losses
 from .loop import SCHEDULES, Recipe, Task, processes, train
 from .shapes import NANO
+
+# Options that a resumed run may change: they change nothing of the result.
+FREE = {"run", "folder", "device", "threads", "workers", "checkpointing"}
+FREE |= {"save_every", "evaluate_every", "log_every"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         weight_decay=0.01,
         accumulate=1,
     )
+    base.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
+    base.add_argument("--scale", type=int, default=1, help="times the pictures of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
     glimpse.set_defaults(run=_glimpse)
     _common(glimpse, steps=0)
@@ -147,15 +153,18 @@ def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
     if not (args.folder / "config.json").exists():
-        write_folder(args.folder, NANO, args.seed)
+        shape = read_json(args.shape) if args.shape else NANO
+        write_folder(args.folder, shape, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
-    task = BaseTask(args.folder, CURRICULUM, micros, args.seed, device, dtype)
-    return _run(task, recipe, args.folder)
+    stages = [replace(stage, pictures=args.scale * stage.pictures) for stage in CURRICULUM]
+    task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
+    return _run(task, args)
 
 
-def _run(task: Task, recipe: Recipe, folder: Path) -> int:
-    finished = train(task, recipe, folder, said=_say)
-    _say(f"{'written to' if finished else 'stopped; the same command goes on from'} {folder}")
+def _run(task: Task, args: argparse.Namespace) -> int:
+    same = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    finished = train(task, _recipe(args), args.folder, same=same, said=_say)
+    _say(f"{'written to' if finished else 'stopped; the same command goes on from'} {args.folder}")
     return 0 if finished else 130
 
 
@@ -183,7 +192,7 @@ def _glimpse(args: argparse.Namespace) -> int:
         seed=args.seed,
         checkpointing=args.checkpointing,
     )
-    return _run(task, _recipe(args), args.folder)
+    return _run(task, args)
 
 
 def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import Config, read_config
+from ..config import Config, parse_config, read_config
 from ..decoder import Decoder
 from ..files import write_whole
 from ..processor import Processor, preprocess_image
@@ -157,7 +157,11 @@ class BaseBatch:
 
 
 def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 6000) -> None:
-    """Everything of a checkpoint but its weights: configuration, tokenizer, preprocessing."""
+    """Everything of a checkpoint but its weights: configuration, tokenizer, preprocessing.
+
+    Raises:
+        NanoglimpseError: the shape, a config.json, makes no sense.
+    """
     texts = (
         text
         for index in range(pictures)
@@ -177,6 +181,7 @@ def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 6000) -> 
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],
     }
+    parse_config(config, "the shape")
     generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
     write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     for name, content in {

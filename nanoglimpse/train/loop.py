@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,10 +171,13 @@ class Stop:
         print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
 
-def train(task: Task, recipe: Recipe, folder: Path, *, said: Callable[[str], None]) -> bool:
+def train(
+    task: Task, recipe: Recipe, folder: Path, *, same: dict, said: Callable[[str], None]
+) -> bool:
     """Trains up to `recipe.steps`, from where the state in `folder` ends.
 
     Args:
+        same: what, beside the weights' shapes, must be equal for a run to go on.
         said: takes lines for the user.
 
     Returns:
@@ -189,7 +192,7 @@ def train(task: Task, recipe: Recipe, folder: Path, *, said: Callable[[str], Non
         raise NanoglimpseError(f"{folder} cannot be written to: {error}") from None
     workers, masters = Workers(), Masters(task.module)
     optim = optimiser(masters, recipe)
-    first = _restore(folder / STATE, recipe, masters, optim)
+    first = _restore(folder / STATE, same, masters, optim)
     masters.publish()
     leads = workers.rank == 0
     log = Log(folder / LOG, first, recipe, said if leads else None)
@@ -202,7 +205,7 @@ def train(task: Task, recipe: Recipe, folder: Path, *, said: Callable[[str], Non
             if leads and (done % recipe.evaluate_every == 0 or done == recipe.steps):
                 log.evaluation(done, task.evaluate())
             if leads and (done % recipe.save_every == 0 or stopping):
-                _save(folder / STATE, done, recipe, masters, optim)
+                _save(folder / STATE, done, same, masters, optim)
                 task.save(folder)
             if stopping:
                 break
@@ -261,13 +264,11 @@ class _Numbered(torch.utils.data.Dataset):
         return self.make(number)
 
 
-def _save(
-    path: Path, step: int, recipe: Recipe, masters: Masters, optim: torch.optim.AdamW
-) -> None:
+def _save(path: Path, step: int, same: dict, masters: Masters, optim: torch.optim.AdamW) -> None:
     content = io.BytesIO()
     state = {
         "step": step,
-        "recipe": _identity(recipe),
+        "same": same,
         "parameters": [p.detach() for p in masters.full],
         "optimizer": optim.state_dict(),
     }
@@ -275,17 +276,17 @@ def _save(
     write_whole(path, content.getvalue())
 
 
-def _restore(path: Path, recipe: Recipe, masters: Masters, optim: torch.optim.AdamW) -> int:
+def _restore(path: Path, same: dict, masters: Masters, optim: torch.optim.AdamW) -> int:
     """Takes over the state in `path`, where there is one; returns the steps done."""
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step, parameters = state["step"], state["parameters"]
+        step, parameters, _ = state["step"], state["parameters"], state["same"]
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise NanoglimpseError(f"{path} cannot be resumed from: {reason}") from None
-    if state["recipe"] != _identity(recipe):
+    if state["same"] != same:
         raise NanoglimpseError(
             f"{path} is of a run with other options; repeat them, or take another folder"
         )
@@ -296,12 +297,6 @@ def _restore(path: Path, recipe: Recipe, masters: Masters, optim: torch.optim.Ad
             master.copy_(value)
     optim.load_state_dict(state["optimizer"])
     return step
-
-
-def _identity(recipe: Recipe) -> dict:
-    """What must be equal for a resumed run to be the same run."""
-    free = {"save_every", "evaluate_every", "log_every", "workers"}
-    return {key: value for key, value in asdict(recipe).items() if key not in free}
 
 
 class Log:
