@@ -116,6 +116,7 @@ def _common(parser: argparse.ArgumentParser, **defaults) -> None:
         "log_every": "steps between lines of the log",
         "workers": "processes that make data; 0 makes it in place",
     }
+    ends = {"steps": "one epoch of a file"}
     for field in fields(Recipe):
         value = defaults.get(field.name, field.default)
         pair = {"nargs": 2} if field.name == "betas" else {}
@@ -125,7 +126,7 @@ def _common(parser: argparse.ArgumentParser, **defaults) -> None:
             f"--{field.name.replace('_', '-')}",
             type=kind,
             default=value,
-            help=f"{helps[field.name]} (default: {value})",
+            help=f"{helps[field.name]} (default: {value or ends.get(field.name, value)})",
             **pair,
         )
 

@@ -331,7 +331,9 @@ class Log:
         speed = self.sums.get("samples", 0.0) / (now - self.since)
         left = (now - self.start) / (done - self.first) * (self.recipe.steps - done)
         self._write({"step": done, **mean, **figures, "samples_per_s": speed})
-        shown = "  ".join(f"{name} {value:.3g}" for name, value in mean.items())
+        shown = "  ".join(
+            f"{name} {value:.3g}" for name, value in mean.items() if name != "samples"
+        )
         self._say(
             f"step {done}/{self.recipe.steps}  {shown}  {speed:.3g} samples/s  "
             f"{int(left // 60)} min {int(left % 60)} s left"
