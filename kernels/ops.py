@@ -21,6 +21,7 @@ from .keep import keep_rows
 from .linear import linear, pack
 from .norm import rms_norm
 from .packing import Packing
+from .received import received_attention
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
@@ -38,6 +39,7 @@ class Ops:
     rms_norm: Callable
     rotate: Callable
     swiglu: Callable
+    received_attention: Callable
     linear: Callable
     pack: Callable
 
@@ -47,7 +49,16 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 
 TORCH = Ops(
-    attention, decode_attention, row_logits, keep_rows, rms_norm, rotate, swiglu, linear, _as_it_is
+    attention=attention,
+    decode_attention=decode_attention,
+    row_logits=row_logits,
+    keep_rows=keep_rows,
+    rms_norm=rms_norm,
+    rotate=rotate,
+    swiglu=swiglu,
+    received_attention=received_attention,
+    linear=linear,
+    pack=_as_it_is,
 )
 CPU = replace(TORCH, pack=pack)
 BACKENDS = ("auto", "torch")

@@ -102,7 +102,7 @@ class Cache:
         """A compact cache of the rows that survive, in one gather; this one stays as it is.
 
         Args:
-            rows: int64 [S], surviving rows of this cache, sequence after sequence, in order.
+            rows: int64 [S], which of the rows in use survive, counted sequence after sequence.
             counts: how many of them belong to each sequence.
             layers: layers of the new cache; those beyond this one's are left to be written.
             room: rows to leave free behind each sequence.
@@ -110,6 +110,8 @@ class Cache:
         capacity = [count + room for count in counts]
         new = Cache(self.config, layers, capacity, self.next_position, self.k, self.ops)
         targets, own = new.extend(counts), len(self.k)
+        if self.lengths != self.capacity and len(self.lengths) > 1:
+            rows = self.used()[rows]  # room behind a sequence shifts the next one
         self.ops.keep_rows(self.k, rows, new.k[:own], targets)
         self.ops.keep_rows(self.v, rows, new.v[:own], targets)
         return new

@@ -22,7 +22,7 @@ from .processor import Picture, Processor, Prompt, TextStream, pack
 from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
 from .sampling import Sampler, Sampling
-from .vision import VisionEncoder
+from .vision import VisionEncoder, Watch
 from .weights import load_glimpse, load_model, locate, read_adapter
 from .weights.checkpoint import Progress
 
@@ -76,15 +76,21 @@ def load(
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
 
 
-def find_method(name: str) -> Method:
+def find_method(name: str, max_ratio: float | None) -> Method:
     """The pruning method of this name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it needs a cap.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
-    return METHODS[name]
+    method = METHODS[name]
+    if method.capped and max_ratio is None:
+        raise UsageError(
+            f"method {name} keeps a share of the visual tokens that it has to be told; give "
+            "max_ratio (--max-ratio), for example 0.111"
+        )
+    return method
 
 
 def _device(name: str) -> torch.device:
@@ -193,7 +199,8 @@ class Engine:
         total, depth = len(batch.visual_rows), len(self.decoder.layers)
 
         patches = pack([prompt.patches for prompt in prompts]).to(self.device)
-        visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner))
+        watch = Watch(pruner.watches(self))
+        visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner), watch)
         clock.lap("vision")
         hidden = self.decoder.embed_tokens(batch.token_ids)
         hidden[batch.visual_rows] = visual
@@ -201,11 +208,25 @@ class Engine:
         choice, traced, cache, first = Choice(kept), None, None, 0
         processed: list[int] = []
 
-        for stop in pruner.stops(self):
+        for stage, stop in enumerate(pruner.stops(self)):
             hidden, lower, read = self._layers(hidden, batch, cache, first, stop, pruner)
-            clock.lap(f"layers < {stop}")
+            if stop:
+                clock.lap(f"layers < {stop}")
             known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
-            look = Look(self, batch, visual, taps, read, rule, seeds, known)
+            rows_of = slice(None) if pruner.probe(self) is None else batch.prompt_rows
+            look = Look(
+                engine=self,
+                stage=stage,
+                batch=batch,
+                hidden=hidden[rows_of],
+                visual=visual,
+                taps=taps,
+                watch=watch,
+                rows=read,
+                rule=rule,
+                seeds=seeds,
+                evidence=known,
+            )
             choice = pruner.choose(look if cache is None else look.of(kept))
             rows, counts = batch.survivors(choice.kept)
             clock.lap("score")
@@ -215,6 +236,8 @@ class Engine:
             traced = hidden[batch.prompt_rows] if trace else None
             processed += [sum(batch.visual_counts)] * (stop - first)
             hidden, batch, first = hidden[own], batch.keep(rows, choice.kept, counts), stop
+            if choice.values is not None:
+                hidden[batch.visual_rows] = choice.values
             del lower  # the whole prompt's rows; only the survivors are needed from here
             clock.lap("keep")
         if cache is None:
@@ -314,16 +337,11 @@ class Engine:
         return Cache(text, layers, capacity, batch.next_position, like, self.ops)
 
     def _method(self, name: str | None, max_ratio: float | None) -> Method:
-        method = find_method(name or ("glimpse" if self.glimpse else "dense"))
+        method = find_method(name or ("glimpse" if self.glimpse else "dense"), max_ratio)
         if method.name == "glimpse" and not self.glimpse:
             raise UsageError(
                 f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "
                 "them (published: ashun989/GlimpsePrune_Qwen2.5-VL-3B-Instruct, and -7B-)"
-            )
-        if method.capped and max_ratio is None:
-            raise UsageError(
-                f"method {method.name} keeps a share of the visual tokens that it has to be told; "
-                "give max_ratio (--max-ratio), for example 0.111"
             )
         return method
 

@@ -211,10 +211,9 @@ def _arms(args: argparse.Namespace) -> list[Arm]:
     forms = {"no": [False], "yes": [True], "both": [False, True]}[args.brief]
     arms = []
     for brief, name, ratio in product(forms, args.methods, ratios):
-        method = find_method(name)
         if name in ("dense", "oracle"):
             ratio = None
-        elif ratio is None and method.capped:
+        elif ratio is None and find_method(name, 1.0).capped:
             continue
         if (arm := Arm(name, ratio, brief)) not in arms:
             arms.append(arm)

@@ -57,8 +57,9 @@ def parser() -> Parser:
 
     prune = p.add_argument_group("pruning")
     prune.add_argument(
-        "--method", help=f"{', '.join(METHODS)} (default: glimpse where there are weights for it)"
+        "--method", help="see --list-methods (default: glimpse where there are weights for it)"
     )
+    prune.add_argument("--list-methods", action="store_true", help="a line each, and stop")
     prune.add_argument("--threshold", type=float, help="keep above it (default: weights', 0.5)")
     prune.add_argument("--max-ratio", type=float, help="keep at most this share (default: no cap)")
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
@@ -88,6 +89,9 @@ def parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; its exit code: 2 for misuse, 1 for failure, 130 if stopped."""
     args = parser().parse_args(arguments)
+    if args.list_methods:
+        print("\n".join(f"{name:10}  {method.about}" for name, method in METHODS.items()))
+        return 0
     try:
         return run(args)
     except NanoglimpseError as error:
@@ -193,7 +197,7 @@ def _check_early(args: argparse.Namespace, images: list[str]) -> None:
     for image in images:
         open_picture(image).close()
     if args.method is not None:
-        find_method(args.method)
+        find_method(args.method, args.max_ratio)
     if args.overlay:
         _check_writable(Path(args.overlay))
 

@@ -115,9 +115,8 @@ class Prefill:
         self.cache.truncate(lengths, position)
         free = min(c - n for c, n in zip(self.cache.capacity, lengths, strict=True))
         if free < room:
-            rows = torch.arange(self.cache.k.shape[1], device=self.cache.k.device)
-            used = rows[self.cache.used()]
-            self.cache = self.cache.keep(used, lengths, len(self.cache.k), room)
+            rows = torch.arange(sum(lengths), device=self.cache.k.device)
+            self.cache = self.cache.keep(rows, lengths, len(self.cache.k), room)
         return self.cache
 
 

@@ -22,6 +22,7 @@ class Layout:
     """Row order, sequences and rotation tables of a list of grids; P patches, N visual tokens.
 
     Attributes:
+        unit: patches of a visual token.
         order: int64 [N], the visual token (raster order) that stands at each place.
         inverse: int64 [N], the place of each visual token.
         patches: int64 [P], the patch that stands at each row.
@@ -32,6 +33,7 @@ class Layout:
 
     def __init__(self, grids: Sequence[Grid], config: VisionConfig, device: torch.device):
         unit, merge = config.merge_unit, config.spatial_merge_size
+        self.unit = unit
         side = config.window_size // config.patch_size // merge
         frames, windows, rows, columns = _cells(grids, merge, side)
         count = torch.bincount(windows) if len(windows) else windows
@@ -108,10 +110,35 @@ class VisionBlock(Module):
 
     def attend(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows inside the sequences of `packing`."""
+        return self.proj(self.ops.attention(*self.project(x, rope), packing, causal=False))
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [P, H, D] of normed rows."""
         qkv = self.qkv(x).view(len(x), 3 * self.heads, self.head_dim)
         qk = self.ops.rotate(qkv[:, : 2 * self.heads], rope)
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, 2 * self.heads :]
-        return self.proj(self.ops.attention(q, k, v, packing, causal=False))
+        return qk[:, : self.heads], qk[:, self.heads :], qkv[:, 2 * self.heads :]
+
+
+class Watch:
+    """What some pruning methods rank visual tokens by, read before chosen blocks run.
+
+    Attributes:
+        received: by block, fp32 [N], the attention that a visual token receives inside its image:
+            the sum over queries, the mean over heads and over its patches.
+        keys: by block, [N, D], rotated keys, the mean over heads and over its patches.
+    """
+
+    def __init__(self, blocks: Sequence[int]):
+        self.blocks = tuple(blocks)
+        self.received: dict[int, Tensor] = {}
+        self.keys: dict[int, Tensor] = {}
+
+    def see(self, index: int, block: VisionBlock, x: Tensor, plan: Layout) -> None:
+        """Reads block `index`, whose input is x [P, Cv]."""
+        q, k, _ = block.project(block.norm1(x), plan.rope)
+        sums = block.ops.received_attention(q, k, plan.frames).mean(1)
+        self.received[index] = sums.unflatten(0, (-1, plan.unit)).mean(1)[plan.inverse]
+        self.keys[index] = k.mean(1).unflatten(0, (-1, plan.unit)).mean(1)[plan.inverse]
 
 
 class VisionEncoder(Module):
@@ -125,7 +152,11 @@ class VisionEncoder(Module):
         self.merger = Merger(config.hidden_size, config.merge_unit, config.out_hidden_size, ops)
 
     def forward(
-        self, patches: Tensor, grids: Sequence[Grid], taps: Sequence[int] = ()
+        self,
+        patches: Tensor,
+        grids: Sequence[Grid],
+        taps: Sequence[int] = (),
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encodes images and videos, packed one after the other.
 
@@ -133,6 +164,7 @@ class VisionEncoder(Module):
             patches: [P, patch_dim], each grid's patches in merge units, as the processor does.
             grids: (t, h, w) in patches.
             taps: blocks whose output is wanted (paper Sec. 4, "hierarchical visual features").
+            watch: is filled with what it wants to know of blocks on the way.
 
         Returns:
             Visual tokens [N, C] and taps [M, N, Cv] in the order asked for: each tapped block's
@@ -143,6 +175,8 @@ class VisionEncoder(Module):
         x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[plan.patches]
         tapped = {}
         for index, block in enumerate(self.blocks):
+            if watch and index in watch.blocks:
+                watch.see(index, block, x, plan)
             x = block(x, plan.rope, plan.frames if index in full else plan.windows)
             if index in taps:
                 tapped[index] = x.unflatten(0, (-1, unit)).mean(1)[plan.inverse]

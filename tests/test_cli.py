@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from nanoglimpse import generate, overlay
+from nanoglimpse.methods import METHODS
 from nanoglimpse.weights import EMBEDDED
 
 SCENE = str(EMBEDDED["nano"] / "examples" / "scene_4.png")
@@ -341,3 +342,31 @@ def test_help_names_every_option(capsys):
     for action in generate.parser()._actions:
         assert action.help
         assert all(option in out for option in action.option_strings)
+
+
+def test_methods_are_listed(capsys):
+    assert generate.main(["--list-methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+@pytest.mark.parametrize("method", ["fastv", "visionzip", "pdrop"])
+def test_other_methods_answer(capsys, tmp_path, method):
+    picture = tmp_path / "out.png"
+    code, out, err = call(
+        QUESTION,
+        "--image",
+        SCENE,
+        "--method",
+        method,
+        "--max-ratio",
+        "0.2",
+        "--overlay",
+        picture,
+        capsys=capsys,
+    )
+    assert code == 0
+    assert out.startswith("The number")
+    assert f"method {method}" in err
+    assert picture.exists()

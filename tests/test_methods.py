@@ -8,7 +8,15 @@ from nanoglimpse.batch import Batch
 from nanoglimpse.cache import Cache
 from nanoglimpse.kernels.ops import Packing
 from nanoglimpse.methods import METHODS, Choice, Method
+from nanoglimpse.methods.cdpruner import conditional
+from nanoglimpse.methods.divprune import diverse
+from nanoglimpse.methods.prumerge import gain
+from nanoglimpse.methods.similarity import nearest, unit
+from nanoglimpse.methods.tome import match
+from nanoglimpse.methods.visionzip import merge
+from nanoglimpse.methods.vispruner import thin_out
 from nanoglimpse.rope import mrope
+from nanoglimpse.vision import Watch
 
 from . import reference
 from .tiny import chat_ids, patches_of
@@ -28,7 +36,7 @@ def prompt_of(engine, *parts, seed=0):
     return Prompt.from_tokens(ids, patches_of(grids, seed), grids, config=engine.config)
 
 
-@pytest.mark.parametrize("name", CAPPED)
+@pytest.mark.parametrize("name", [*CAPPED, "pdrop"])
 def test_keeping_all_is_dense(engine, name):
     prompt = prompt_of(engine, 3, *GRIDS, 6)
     dense, all_kept = engine.prefill(prompt, "dense"), engine.prefill(prompt, name, max_ratio=1)
@@ -45,7 +53,9 @@ def test_the_budget_is_met(engine, name, ratio):
     total = len(prefill.kept)
     depth, (stop,) = engine.config.text_config.num_hidden_layers, METHODS[name].stops(engine)
     kept = int(prefill.kept.sum())
-    assert kept == int(ratio * total)
+    pooled = stop > 0  # before the decoder the quota is per image
+    sizes = [total] if pooled else [h * w // 4 for _, h, w in GRIDS]
+    assert kept == sum(max(int(ratio * size), 1) for size in sizes)
     assert prefill.budgets.decode_kv_ratio == pytest.approx(kept / total)
     expected = (stop + (depth - stop) * kept / total) / depth
     assert prefill.budgets.prefill_ratio == pytest.approx(expected)
@@ -181,3 +191,198 @@ def test_a_method_may_look_several_times(engine, monkeypatch):
     assert ours.budgets.prefill_ratio == pytest.approx(expected)
     assert ours.budgets.input_ratio == pytest.approx(left[1] / total)
     assert len(list(engine.decode(ours, 5, ignore_eos=True))) == 5
+
+
+def test_a_pyramid_falls_to_its_cap(engine):
+    prompt = prompt_of(engine, 3, *GRIDS, 6)
+    total = len(engine.prefill(prompt, "dense").kept)
+    for cap, final in ((None, 1 / 8), (0.3, 0.3)):
+        prefill = engine.prefill(prompt, "pdrop", max_ratio=cap)
+        counts = [total]
+        for stage in (1, 2, 3):
+            share = final ** (stage / 3) / final ** ((stage - 1) / 3)
+            counts.append(int(share * counts[-1]))
+        assert METHODS["pdrop"].stops(engine) == (2, 3, 4)
+        assert int(prefill.kept.sum()) == counts[3]
+        processed = 2 * counts[0] + counts[1] + counts[2] + 2 * counts[3]
+        assert prefill.budgets.prefill_ratio == pytest.approx(processed / 6 / total)
+
+
+def attentions(tiny_folder, engine, prompt, grid):
+    model = reference.hf_model(tiny_folder)
+    model.set_attn_implementation("eager")
+    ids = prompt.token_ids[None]
+    with torch.no_grad():
+        return model(
+            input_ids=ids,
+            pixel_values=prompt.patches,
+            image_grid_thw=torch.tensor([grid]),
+            mm_token_type_ids=(ids == engine.config.image_token_id).int(),
+            output_attentions=True,
+        ).attentions
+
+
+def test_a_pyramid_ranks_by_the_next_layer(tiny_folder, engine, monkeypatch):
+    """The first stage's order is that of the attention of the layer behind it."""
+    prompt = prompt_of(engine, 5, GRIDS[0], 9)
+    method = METHODS["pdrop"]
+    seen = []
+    choose = method.choose
+
+    def first(look):
+        choice = choose(look)
+        seen.append(choice.kept)
+        return choice
+
+    monkeypatch.setattr(type(method), "choose", lambda self, look: first(look))
+    engine.prefill(prompt, "pdrop", max_ratio=0.1)
+    received = attentions(tiny_folder, engine, prompt, GRIDS[0])[2][0, :, -1].mean(0)
+    order = received[prompt.visual].argsort(descending=True)
+    expected = torch.zeros(len(order), dtype=torch.bool)
+    expected[order[: int(seen[0].sum())]] = True
+    assert torch.equal(seen[0], expected)
+
+
+def test_withdrawing_leaves_text(engine):
+    prompt = prompt_of(engine, 3, GRIDS[0], 6)
+    prefill = engine.prefill(prompt, "vtw")
+    assert METHODS["vtw"].stops(engine) == (3,)
+    assert not bool(prefill.kept.any())
+    assert prefill.budgets.decode_kv_ratio == 0
+    assert torch.equal(prefill.positions, prompt.positions[:, ~prompt.visual])
+
+
+def test_the_watch_sees_blocks_as_the_encoder_runs_them(engine):
+    """Against the definition: whole softmax matrices of each image, patch by patch."""
+    grids = [(1, 12, 18), (1, 8, 10)]
+    patches = patches_of(grids, 3)
+    watch = Watch((1, 4))
+    with torch.inference_mode():
+        engine.vision(patches, grids, (), watch)
+        first = 0
+        for grid in grids:
+            count = grid[1] * grid[2]
+            alone = Watch((1, 4))
+            engine.vision(patches[first : first + count], [grid], (), alone)
+            tokens = slice(first // 4, (first + count) // 4)
+            for block in (1, 4):
+                torch.testing.assert_close(watch.received[block][tokens], alone.received[block])
+                torch.testing.assert_close(watch.keys[block][tokens], alone.keys[block])
+                assert float(alone.received[block].sum()) * 4 == pytest.approx(count, rel=1e-4)
+            first += count
+
+
+def test_nearest_in_tiles(monkeypatch):
+    monkeypatch.setattr("nanoglimpse.methods.similarity.TILE", 3)
+    x, y = torch.randn(8, 5), torch.randn(6, 5)
+    matrix = torch.nn.functional.cosine_similarity(x[:, None], y[None], dim=-1)
+    value, index = nearest(x, y)
+    torch.testing.assert_close(value, matrix.max(1).values)
+    assert torch.equal(index, matrix.argmax(1))
+    own = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+    own.fill_diagonal_(-2)
+    value, index = nearest(x, x, same=True)
+    torch.testing.assert_close(value, own.max(1).values)
+    assert torch.equal(index, own.argmax(1))
+
+
+def test_divprune_by_its_definition():
+    """The minimum over all chosen taken anew in each step, as in the public code."""
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    distance = 1 - unit(x) @ unit(x).T
+    chosen = [int(distance.topk(2, dim=0, largest=False).values[1].argmax())]
+    while len(chosen) < 5:
+        far = distance[chosen].min(0).values
+        far[chosen] = -1
+        chosen.append(int(far.argmax()))
+    assert diverse(x, 5).tolist() == chosen
+
+
+def test_divprune_of_equal_tokens():
+    assert sorted(diverse(torch.ones(5, 3), 5).tolist()) == [0, 1, 2, 3, 4]
+    assert diverse(torch.ones(1, 3), 1).tolist() == [0]
+    assert diverse(torch.ones(5, 3), 0).tolist() == []
+
+
+def test_cdpruner_is_the_greedy_determinant():
+    generator = torch.Generator().manual_seed(2)
+    x, relevance = unit(torch.randn(9, 6, generator=generator)), torch.rand(9, generator=generator)
+    r = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = (r[:, None] * (x @ x.T) * r[None]).double()
+    chosen: list[int] = []
+    for _ in range(4):
+        gains = {
+            i: float(kernel[[*chosen, i]][:, [*chosen, i]].det())
+            for i in range(9)
+            if i not in chosen
+        }
+        chosen.append(max(gains, key=gains.get))
+    assert conditional(x, relevance, 4).tolist() == chosen
+    assert sorted(conditional(unit(torch.ones(4, 2)), torch.ones(4), 4).tolist()) == [0, 1, 2, 3]
+
+
+def test_visionzip_merges_into_the_most_alike():
+    keys = torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [0.9, 0], [0.1, 1]])
+    values = torch.tensor([[1.0], [10.0], [2.0], [4.0], [20.0]])
+    merge(values, keys, torch.tensor([0, 1]), torch.tensor([2, 3, 4]))
+    assert values.flatten().tolist() == [1 + 3, 10 + 20, 2, 4, 20]
+
+
+def test_vispruner_thins_out_the_alike():
+    """Of [a, b, a', c, d]: the even places a, a', d against the odd ones b = a', c."""
+    features = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 1, 0.01], [0, 0, 1], [1, 0, 1]])
+    assert thin_out(features, torch.arange(5), 4).tolist() == [4, 0, 1, 3]
+    assert len(thin_out(torch.randn(41, 3), torch.arange(41), 3)) == 3
+    assert thin_out(features, torch.arange(5), 0).tolist() == []
+
+
+@pytest.mark.parametrize(("name", "expected"), [("prumerge", [3]), ("prumerge+", [0, 3, 4, 8])])
+def test_prumerge_counts_outliers(name, expected):
+    """One of twelve stands out; "+" adds every ⌊12 / 3⌋-th."""
+    attention = torch.full((12,), 0.05)
+    attention[3] = 0.45
+    chosen = METHODS[name].standing_out(attention, None)
+    assert sorted(chosen.tolist()) == expected
+    assert METHODS[name].standing_out(attention, 0.1).tolist() == [3]
+    assert len(METHODS[name].standing_out(torch.full((5,), 0.2), 0.2)) == 1
+
+
+def test_prumerge_gains_by_attention():
+    keys = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]])
+    values, attention = torch.tensor([[1.0], [10.0], [100.0]]), torch.tensor([0.5, 0.3, 0.2])
+    gain(values, keys, attention, torch.tensor([0]))
+    assert values.flatten().tolist() == [pytest.approx(1 + 3 + 20), 10, 100]
+
+
+def test_tome_merges_pairs_by_weight():
+    keys = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1.0], [-1, 0]])
+    values = torch.tensor([[1.0], [3.0], [5.0], [9.0], [7.0]])
+    left = match(values, keys.clone(), 3)
+    assert left.tolist() == [1, 3, 4]
+    assert values[left].flatten().tolist() == [2, 7, 7]
+    values = torch.randn(13, 2)
+    mass = values.sum(0)
+    left = match(merged := values.clone(), torch.randn(13, 4), 1)
+    torch.testing.assert_close(merged[left[0]] * 13, mass)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 2, 14)], ids=["one token", "one row"])
+def test_degenerate_pictures(engine, name, grid):
+    prompt = prompt_of(engine, 3, grid, 4)
+    count = grid[1] * grid[2] // 4
+    mask = [torch.ones(count, dtype=torch.bool)]
+    prefill = engine.prefill(prompt, name, max_ratio=0.2, evidence=mask)
+    assert len(prefill.kept) == count
+    assert len(list(engine.decode(prefill, 3, ignore_eos=True))) == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equal_tokens(engine, name):
+    prompt = prompt_of(engine, 3, (1, 8, 8), 4)
+    same = Prompt.from_tokens(
+        prompt.token_ids, torch.zeros_like(prompt.patches), prompt.grids, config=engine.config
+    )
+    prefill = engine.prefill(same, name, max_ratio=0.25, evidence=[torch.arange(16) < 4])
+    assert int(prefill.kept.sum()) <= 16
+    assert bool(torch.isfinite(prefill.logits).all())

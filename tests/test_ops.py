@@ -218,3 +218,20 @@ def test_packing_is_optional(monkeypatch):
     layer.pack(CPU)
     assert not layer.weight.is_mkldnn
     assert layer(torch.ones(1, 3)).tolist() == [[7, 7]]
+
+
+@pytest.mark.parametrize("rows", [None, [8, 0, 3, 1, 2, 7, 4, 5, 6]])
+def test_received_attention(monkeypatch, rows):
+    """Column sums of the whole matrix, sequence by sequence; tiles of any size agree."""
+    monkeypatch.setattr("nanoglimpse.kernels.received.TILE", 2)
+    q, k = torch.randn(9, 3, 5), torch.randn(9, 3, 5)
+    order = torch.arange(9) if rows is None else torch.tensor(rows)
+    packing = Packing((5, 4), rows=None if rows is None else order)
+    expected = torch.zeros(9, 3)
+    for sequence in (order[:5], order[5:]):
+        for head in range(3):
+            for i in sequence.tolist():
+                weights = [math.exp(float(q[i, head] @ k[j, head]) / 5**0.5) for j in sequence]
+                for j, weight in zip(sequence.tolist(), weights, strict=True):
+                    expected[j, head] += weight / sum(weights)
+    torch.testing.assert_close(TORCH.received_attention(q, k, packing), expected)

@@ -350,6 +350,12 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path):
     )
     for ours, theirs in zip(one, two, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # Adam does not see the scale of a gradient; its norm, by which it is clipped, does.
+    norms = [
+        json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])["norm"]
+        for name in ("one", "two")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_eight_samples_are_learned_by_heart(tmp_path):

@@ -1,10 +1,18 @@
 """Pruning methods on one interface: a method looks and says what stays; the engine gathers."""
 
 from .base import AttentionMethod, Choice, Look, Method
+from .cdpruner import CDPruner
 from .dense import Dense
+from .divprune import DivPrune
 from .glimpse import GlimpsePrune
 from .oracle import Oracle
+from .pdrop import PyramidDrop
+from .prumerge import PruMerge
 from .random import Random
+from .tome import ToMe
+from .visionzip import VisionZip
+from .vispruner import VisPruner
+from .vtw import VTW
 
 __all__ = ["METHODS", "AttentionMethod", "Choice", "Look", "Method"]
 
@@ -25,6 +33,24 @@ METHODS: dict[str, Method] = {
             "FastV, arXiv 2403.06764: what the last prompt token attends to in layer 2 of the "
             "decoder; dropped from the cache of all layers",
             layers=2,
+        ),
+        PyramidDrop(),
+        VTW(),
+        VisionZip(),
+        VisPruner(),
+        DivPrune(),
+        CDPruner(),
+        ToMe(),
+        PruMerge(
+            "prumerge",
+            "LLaVA-PruMerge, arXiv 2403.15388: before the decoder, tokens whose attention stands "
+            "out, with those like them",
+            spaced=False,
+        ),
+        PruMerge(
+            "prumerge+",
+            "LLaVA-PruMerge+: the same, and evenly spaced tokens beside them",
+            spaced=True,
         ),
     )
 }

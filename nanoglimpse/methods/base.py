@@ -1,6 +1,6 @@
 """What a pruning method is, and what it sees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..glimpse import Selection
+from ..vision import Watch
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -22,11 +23,14 @@ class Choice:
         kept: bool [N].
         importance: [N], logits that say how much each token matters; None if there are none.
         glimpse_logits: [N, HQ], where the method reads a glimpse.
+        values: [kept, C], what the kept tokens are from here on, of methods that merge before the
+            decoder; None if they stay as they are.
     """
 
     kept: Tensor
     importance: Tensor | None = None
     glimpse_logits: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,12 @@ class Look:
 
     Attributes:
         engine: the model.
+        stage: which of the method's stops this is, from 0.
         batch: the prompts as they are now.
+        hidden: [T, C], the prompts' rows as the next layer would see them.
         visual: [N, C], from the vision encoder.
         taps: [M, N, Cv], of the blocks that the method asked for.
+        watch: what the method wanted to know of the vision encoder's blocks.
         rows: by layer that the method reads, the raw attention logits [T, HQ] of the asking row,
             which is the glimpse if there is one and else each prompt's last, to its prompt's rows.
         rule: threshold, cap, minimum and anchors that the user asked for.
@@ -46,9 +53,12 @@ class Look:
     """
 
     engine: "Engine"
+    stage: int
     batch: Batch
+    hidden: Tensor
     visual: Tensor
     taps: Tensor
+    watch: Watch
     rows: dict[int, Tensor]
     rule: Selection
     seeds: list[int]
@@ -73,12 +83,46 @@ class Look:
             kept[own][prunable] = rule(importance[own][prunable], sizes)
         return kept
 
+    def per_image(self, pick: Callable[[slice, int], Tensor]) -> Tensor:
+        """Kept visual tokens bool [N], chosen image by image; videos all stay.
+
+        Args:
+            pick: from an image's visual tokens and how many of them may stay to their indices in
+                the image, int64.
+        """
+        kept = ~self.batch.prunable
+        for own in self.images():
+            count = own.stop - own.start
+            allowed = min(max(int(self.rule.max_ratio * count), self.rule.min_tokens or 0), count)
+            kept[own.start + pick(own, allowed)] = True
+        return kept
+
+    def images(self) -> Iterator[slice]:
+        """The visual tokens of each image."""
+        for sizes, own in zip(self.batch.image_sizes, self.prompts(), strict=True):
+            stills = own.start + self.batch.prunable[own].nonzero().flatten()
+            first = int(stills[0]) if len(stills) else 0
+            for height, width in sizes:
+                yield slice(first, first + height * width)
+                first += height * width
+
     def prompts(self) -> Iterator[slice]:
         """The visual tokens of each prompt."""
         first = 0
         for count in self.batch.visual_counts:
             yield slice(first, first + count)
             first += count
+
+    def question(self, prompt: int) -> Tensor:
+        """int64, the rows of a prompt's text behind its last visual token, up to the turn's end."""
+        start = sum(self.batch.counts[:prompt])
+        own = slice(start, start + self.batch.counts[prompt])
+        seen = [row for row in self.batch.visual_rows.tolist() if own.start <= row < own.stop]
+        first = seen[-1] + 2 if seen else own.start  # behind <|vision_end|>
+        ids = self.batch.token_ids[first : own.stop].tolist()
+        ends = [i for i, token in enumerate(ids) if token in self.engine.eos_token_id]
+        count = ends[0] if ends and ends[0] else len(ids)
+        return torch.arange(first, first + count, device=self.hidden.device)
 
     def attention(self, layer: int) -> Tensor:
         """[N], the asking row's softmax attention to the visual tokens, the mean over heads."""
@@ -109,6 +153,10 @@ class Method:
 
     def taps(self, engine: "Engine") -> Sequence[int]:
         """Blocks of the vision encoder whose features it wants."""
+        return ()
+
+    def watches(self, engine: "Engine") -> Sequence[int]:
+        """Blocks of the vision encoder whose received attention and keys it wants."""
         return ()
 
     def probe(self, engine: "Engine") -> Tensor | None:

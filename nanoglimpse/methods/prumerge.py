@@ -1,0 +1,80 @@
+"""LLaVA-PruMerge (arXiv 2403.15388): as many tokens as stand out, each with what is like it.
+
+After the public code (clip_encoder.py), with the attention received in the last vision block in
+place of the [CLS] row that Qwen2.5-VL does not have, scaled to add up to one. Without a cap the
+number of tokens is adaptive: outliers by the interquartile range; "+" adds evenly spaced ones. A
+kept token gains the 32 tokens whose keys are most like its own, weighted by their attention and not
+normalised. Unlike there, tokens stay in raster order at their own positions, the extra token is
+left out, and no outliers at all keeps one token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .base import Choice, Look, Method
+from .similarity import best, unit
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+NEIGHBOURS = 32
+
+
+@dataclass(frozen=True)
+class PruMerge(Method):
+    """Outliers of attention, before the decoder."""
+
+    name: str
+    about: str
+    spaced: bool
+    capped: bool = False
+
+    def stops(self, engine: "Engine") -> Sequence[int]:
+        """Before the decoder."""
+        return (0,)
+
+    def watches(self, engine: "Engine") -> Sequence[int]:
+        """The last block."""
+        return (len(engine.vision.blocks) - 1,)
+
+    def choose(self, look: Look) -> Choice:
+        """Image by image."""
+        (block,) = look.watch.blocks
+        values, kept = look.visual.clone(), ~look.batch.prunable
+        for own in look.images():
+            score = look.watch.received[block][own]
+            attention = score / score.sum()
+            chosen = self.standing_out(attention, look.rule.max_ratio)
+            gain(values[own], look.watch.keys[block][own], attention, chosen)
+            kept[own.start + chosen] = True
+        return Choice(kept, values=values[kept])
+
+    def standing_out(self, attention: Tensor, cap: float | None) -> Tensor:
+        """int64, indices of the tokens that stay, at most the cap's share."""
+        total = len(attention)
+        quarters = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device))
+        count = int((attention > quarters[1] + 1.5 * (quarters[1] - quarters[0])).sum())
+        chosen = best(attention, max(count, 1))
+        if self.spaced:
+            step = max(int(int(total / len(chosen)) / 3), 1)
+            spaced = torch.arange(0, total, step, device=attention.device)
+            chosen = torch.cat((chosen, spaced[~torch.isin(spaced, chosen)]))
+        return chosen if cap is None else chosen[: max(int(cap * total), 1)]
+
+
+def gain(values: Tensor, keys: Tensor, attention: Tensor, chosen: Tensor) -> None:
+    """Adds to each chosen token [in place] its nearest others, weighted by their attention."""
+    count = min(NEIGHBOURS, len(keys) - 1)
+    if not count:
+        return
+    rows, before = unit(keys), values.clone()
+    for index in chosen.tolist():
+        likeness = rows @ rows[index]
+        likeness[index] = -2.0
+        near = best(likeness, count)
+        weighted = attention[near, None] * before[near].float()
+        values[index] += weighted.sum(0).to(values.dtype)
