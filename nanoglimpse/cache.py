@@ -56,6 +56,11 @@ class Cache:
         return torch.tensor(self.lengths, device=self.k.device)
 
     @property
+    def rows(self) -> int:
+        """Rows in use, counted in every layer."""
+        return len(self.k) * sum(self.lengths)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows in use, keys and values, all layers."""
         layers, _, heads, width = self.k.shape
@@ -116,8 +121,89 @@ class Cache:
         self.ops.keep_rows(self.v, rows, new.v[:own], targets)
         return new
 
+    def view(self, layer: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """k, v [1, H, R, D] of one layer, and where each sequence starts and how long it is."""
+        return self.k_heads[layer], self.v_heads[layer], self.starts, self.lengths
+
+    def state(self) -> tuple[list[int], Tensor]:
+        """What `rewound` goes back to."""
+        return list(self.lengths), self.next_position
+
+    def rewound(self, state: tuple[list[int], Tensor], room: int) -> "Cache":
+        """This cache as it was, or a copy where it has no room for so many more rows."""
+        self.truncate(*state)
+        free = min(c - n for c, n in zip(self.capacity, self.lengths, strict=True))
+        if free >= room:
+            return self
+        rows = torch.arange(sum(self.lengths), device=self.k.device)
+        return self.keep(rows, self.lengths, len(self.k), room)
+
     def truncate(self, lengths: Sequence[int], next_position: Tensor) -> None:
         """Forgets the rows behind `lengths`."""
         if any(n > used for n, used in zip(lengths, self.lengths, strict=True)):
             raise ValueError(f"cannot truncate a cache of {self.lengths} rows to {list(lengths)}")
         self.lengths, self.next_position = list(lengths), next_position
+
+
+class Stack:
+    """Caches of neighbouring layers as one: each has the rows that its layers were left with.
+
+    A method that drops rows from later layers alone leaves such a cache. Verbs as `Cache`; rows are
+    a list, an entry for each cache.
+    """
+
+    def __init__(self, caches: Sequence[Cache]):
+        self.caches = list(caches)
+        self.place = [(b, i) for b, cache in enumerate(caches) for i in range(len(cache.k))]
+
+    @property
+    def next_position(self) -> Tensor:
+        """int64 [B], the same in all."""
+        return self.caches[0].next_position
+
+    @next_position.setter
+    def next_position(self, position: Tensor) -> None:
+        for cache in self.caches:
+            cache.next_position = position
+
+    @property
+    def rows(self) -> int:
+        """Rows in use, counted in every layer."""
+        return sum(cache.rows for cache in self.caches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in use."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def extend(self, counts: Sequence[int]) -> list[Rows]:
+        """Takes rows into use in every cache."""
+        return [cache.extend(counts) for cache in self.caches]
+
+    def used(self) -> list[Rows]:
+        """All rows in use."""
+        return [cache.used() for cache in self.caches]
+
+    def append(self, layer: int, rows: list[Rows], k: Tensor, v: Tensor) -> None:
+        """Writes k, v of one layer."""
+        cache, own = self.place[layer]
+        self.caches[cache].append(own, rows[cache], k, v)
+
+    def view(self, layer: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """One layer as decoding reads it."""
+        cache, own = self.place[layer]
+        return self.caches[cache].view(own)
+
+    def layer(self, layer: int, sequence: int = 0) -> tuple[Tensor, Tensor]:
+        """Views k, v [length, H, D] of one layer of one sequence."""
+        cache, own = self.place[layer]
+        return self.caches[cache].layer(own, sequence)
+
+    def state(self) -> list:
+        """What `rewound` goes back to."""
+        return [cache.state() for cache in self.caches]
+
+    def rewound(self, state: list, room: int) -> "Stack":
+        """This stack as it was, with room for so many more rows."""
+        pairs = zip(self.caches, state, strict=True)
+        return Stack([cache.rewound(own, room) for cache, own in pairs])

@@ -73,8 +73,7 @@ class Block(Module):
 
     def look_back(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
         """Attention of one row a sequence, q [B, HQ, D], to the rows that the cache holds."""
-        k, v = cache.k_heads[layer], cache.v_heads[layer]
-        return self.ops.decode_attention(q, k, v, cache.starts, cache.lengths)
+        return self.ops.decode_attention(q, *cache.view(layer))
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, MLP and the two residual sums."""

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batch import Batch, last_rows
-from .cache import Cache
+from .batch import Batch
 from .config import Config, read_config, read_json
 from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
-from .kernels.ops import Ops, Packing, Rope, select
+from .kernels.ops import Ops, Rope, select
 from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
+from .reading import KV_DROPS, Reading
 from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
 from .sampling import Sampler, Sampling
@@ -170,6 +170,7 @@ class Engine:
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
+        kv_drop: str = "all",
         seed: int | Sequence[int] = 0,
         evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
@@ -182,6 +183,8 @@ class Engine:
             threshold, max_ratio, min_tokens, anchors: the rule of `Selection`; what the glimpse
                 weights' config.json says where None. `max_ratio=1` lifts a cap.
             max_new_tokens: room that the cache gets for the answer.
+            kv_drop: "all": what is dropped leaves the cache of every layer, as in GlimpsePrune;
+                "later": of the layers that follow alone, as in the public code of other methods.
             seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
@@ -190,35 +193,34 @@ class Engine:
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
+        if kv_drop not in KV_DROPS:
+            raise UsageError(f"unknown kv_drop '{kv_drop}'; choose one of {', '.join(KV_DROPS)}")
         pruner = self._method(method, max_ratio)
+        if max_ratio is not None and pruner.stops(self):
+            max_ratio = pruner.share(self, max_ratio, kv_drop)
         rule = self._selection(threshold, max_ratio, min_tokens, anchors)
         self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
-        whole = batch = Batch.of(prompts, self.config, self.device)
-        total, depth = len(batch.visual_rows), len(self.decoder.layers)
-
+        batch = Batch.of(prompts, self.config, self.device)
         patches = pack([prompt.patches for prompt in prompts]).to(self.device)
+        known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
+        probe, reads = pruner.probe(self), pruner.reads(self)
+        choice, traced = Choice(), None
+
         watch = Watch(pruner.watches(self))
         visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner), watch)
         clock.lap("vision")
-        hidden = self.decoder.embed_tokens(batch.token_ids)
-        hidden[batch.visual_rows] = visual
-        kept = torch.ones(total, dtype=torch.bool, device=self.device)
-        choice, traced, cache, first = Choice(kept), None, None, 0
-        processed: list[int] = []
-
+        reading = Reading(self.decoder, self.config.text_config, self.ops, batch, visual)
         for stage, stop in enumerate(pruner.stops(self)):
-            hidden, lower, read = self._layers(hidden, batch, cache, first, stop, pruner)
+            read = reading.run(stop, probe, reads)
             if stop:
                 clock.lap(f"layers < {stop}")
-            known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
-            rows_of = slice(None) if pruner.probe(self) is None else batch.prompt_rows
             look = Look(
                 engine=self,
                 stage=stage,
-                batch=batch,
-                hidden=hidden[rows_of],
+                batch=reading.batch,
+                hidden=reading.prompts,
                 visual=visual,
                 taps=taps,
                 watch=watch,
@@ -227,89 +229,30 @@ class Engine:
                 seeds=seeds,
                 evidence=known,
             )
-            choice = pruner.choose(look if cache is None else look.of(kept))
-            rows, counts = batch.survivors(choice.kept)
+            choice = pruner.choose(look.of(reading.kept) if stage else look)
             clock.lap("score")
-            own = rows if pruner.probe(self) is None else batch.prompt_rows[rows]
-            kept = choice.kept if cache is None else kept.masked_scatter(kept, choice.kept)
-            cache = lower.keep(own, counts, depth, max_new_tokens)
-            traced = hidden[batch.prompt_rows] if trace else None
-            processed += [sum(batch.visual_counts)] * (stop - first)
-            hidden, batch, first = hidden[own], batch.keep(rows, choice.kept, counts), stop
-            if choice.values is not None:
-                hidden[batch.visual_rows] = choice.values
-            del lower  # the whole prompt's rows; only the survivors are needed from here
+            traced = reading.prompts if trace else None
+            reading.keep(choice.kept, choice.values, kv_drop, max_new_tokens)
             clock.lap("keep")
-        if cache is None:
-            cache = self._cache(depth, [n + max_new_tokens for n in batch.counts], batch, hidden)
-            cache.extend(batch.counts)
-
-        logits = self.decoder.prefill_tail(
-            hidden,
-            mrope(batch.positions, self.config.text_config),
-            cache,
-            cache.used(),
-            Packing(batch.counts, self.device),
-            first,
-            last_rows(batch.counts, self.device),
-        )
+        first = reading.layers
+        logits, cache = reading.finish(max_new_tokens)
         clock.lap(f"layers ≥ {first}" if first else "layers")
-        left = sum(batch.visual_counts)
+
         return Prefill(
             method=pruner.name,
             visual=visual,
             taps=taps,
             glimpse_logits=choice.glimpse_logits,
             importance=choice.importance,
-            kept=kept,
-            positions=batch.positions,
+            kept=reading.kept,
+            positions=reading.batch.positions,
             hidden=traced,
             logits=logits,
             cache=cache,
-            budgets=Budgets.of(processed + [left] * (depth - first), [left] * depth, total),
-            batch=whole,
+            budgets=Budgets.of(*reading.budget(), len(visual)),
+            batch=batch,
             clock=clock,
         )
-
-    def _layers(
-        self,
-        hidden: Tensor,
-        batch: Batch,
-        cache: Cache | None,
-        first: int,
-        stop: int,
-        pruner: Method,
-    ) -> tuple[Tensor, Cache, dict[int, Tensor]]:
-        """Layers first … stop-1, with the method's probe last in every prompt if it has one.
-
-        Returns:
-            hidden [T, C], or [T + B, C] with probes, the cache of the same rows, and by layer that
-            the method reads the asking row's raw logits [T, HQ] to the rows of its prompt.
-        """
-        vectors, reads = pruner.probe(self), pruner.reads(self)
-        counts, positions, own = batch.counts, batch.positions, slice(None)
-        asking = last_rows(counts, self.device)
-        if vectors is not None:
-            counts, own, asking = [n + 1 for n in counts], batch.prompt_rows, batch.probe_rows
-            hidden = batch.with_probes(hidden, 0)
-            positions = batch.with_probes(positions.T, batch.next_position[:, None]).T
-        rope = mrope(positions, self.config.text_config)
-        if cache is None:
-            cache = self._cache(stop, counts, batch, hidden)
-            cache.extend(counts)
-        rows, packing, read = cache.used(), Packing(counts, self.device), {}
-        for layer in range(first, stop):
-            block = self.decoder.layers[layer]
-            if vectors is not None:
-                hidden[asking] += vectors[layer]
-            asked = hidden[asking]
-            hidden = block(hidden, rope, cache, layer, rows, packing)
-            if layer in reads:
-                q = block.query(asked, rope[asking])
-                k = cache.k[layer, rows][own].split(batch.counts)
-                pairs = zip(q, k, strict=True)
-                read[layer] = torch.cat([self.ops.row_logits(*pair) for pair in pairs])
-        return hidden, cache, read
 
     def _taps(self, pruner: Method) -> Sequence[int]:
         """Vision blocks to tap: the predictor's, so that they can be looked at, or the method's."""
@@ -331,10 +274,6 @@ class Engine:
             own.min_tokens if min_tokens is None else min_tokens,
             own.anchors if anchors is None else tuple(anchors),
         )
-
-    def _cache(self, layers: int, capacity: list[int], batch: Batch, like: Tensor) -> Cache:
-        text = self.config.text_config
-        return Cache(text, layers, capacity, batch.next_position, like, self.ops)
 
     def _method(self, name: str | None, max_ratio: float | None) -> Method:
         method = find_method(name or ("glimpse" if self.glimpse else "dense"), max_ratio)
@@ -471,7 +410,7 @@ class Stream:
         moments.append(time.perf_counter())
         self.prefill = engine.prefill(prompt, **prefill_options)
         moments.append(time.perf_counter())
-        self.kv_bytes = self.prefill.cache.nbytes
+        self.kv_rows, self.kv_bytes = self.prefill.cache.rows, self.prefill.cache.nbytes
         self.token_ids: list[int] = []
         # Seconds to the prompt, to the prefill, and for each token.
         self.seconds = [moments[1] - moments[0], moments[2] - moments[1]]
@@ -513,17 +452,17 @@ class Stream:
         return "length" if len(self.token_ids) == self.max_new_tokens else "stopped"
 
     def _stats(self) -> Stats:
-        prefill, depth = self.prefill, len(self.prefill.cache.k)
-        rows, kept_rows = prefill.batch.counts[0], len(prefill.positions[0])
+        prefill = self.prefill
+        rows = prefill.batch.counts[0] * self.engine.config.text_config.num_hidden_layers
         later = self.seconds[3:]
         return Stats(
             method=prefill.method,
-            prompt_tokens=rows,
+            prompt_tokens=prefill.batch.counts[0],
             visual_tokens=len(prefill.kept),
             kept_tokens=int(prefill.kept.sum()),
             budgets=prefill.budgets,
-            kv_rows=(rows * depth, kept_rows * depth),
-            kv_bytes=(self.kv_bytes * rows // kept_rows, self.kv_bytes),
+            kv_rows=(rows, self.kv_rows),
+            kv_bytes=(self.kv_bytes * rows // self.kv_rows, self.kv_bytes),
             timings={"preprocess": 1000 * self.seconds[0]} | prefill.timings,
             first_token=1000 * sum(self.seconds[:3]),
             decode=1000 * sum(later) / len(later) if later else 0.0,

@@ -19,6 +19,7 @@ from .errors import NanoglimpseError, UsageError
 from .files import write_whole
 from .methods import METHODS
 from .processor import TextStream
+from .reading import KV_DROPS
 from .results import Prefill
 from .train.accuracy import contains
 from .train.base import asked
@@ -48,12 +49,14 @@ class Arm:
     method: str
     ratio: float | None
     brief: bool
+    kv_drop: str = "all"
 
     @property
     def name(self) -> str:
         """As it stands in results."""
         cap = "" if self.ratio is None else f" {self.ratio:g}"
-        return f"{self.method}{cap}{' brief' if self.brief else ''}"
+        later = "" if self.kv_drop == "all" else f" {self.kv_drop}"
+        return f"{self.method}{cap}{later}{' brief' if self.brief else ''}"
 
 
 def questions(split: str, domain: str, count: int, brief: bool) -> Iterator[Item]:
@@ -81,6 +84,7 @@ def answer(engine: Engine, items: Sequence[Item], arm: Arm) -> list[dict]:
         prompts,
         arm.method,
         max_ratio=arm.ratio,
+        kv_drop=arm.kv_drop,
         max_new_tokens=64,
         evidence=masks,
         seed=[item.number for item in items],
@@ -192,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--count", type=int, default=1000, help="questions of each domain (default: 1000)")
     add("--methods", nargs="+", default=["dense", "glimpse"], metavar="METHOD", help=_names())
     add("--ratios", nargs="+", default=["none"], metavar="RATIO", help="caps; none for no cap")
+    add("--kv-drop", choices=KV_DROPS, default="all", help="from which caches (default: all)")
     add("--brief", choices=("no", "yes", "both"), default="no", help="ask for one word (no)")
     add("--batch", type=int, default=8, help="questions at a time (default: 8)")
     add("--out", type=Path, help="JSONL of results; a run goes on where it ends")
@@ -215,7 +220,7 @@ def _arms(args: argparse.Namespace) -> list[Arm]:
             ratio = None
         elif ratio is None and find_method(name, 1.0).capped:
             continue
-        if (arm := Arm(name, ratio, brief)) not in arms:
+        if (arm := Arm(name, ratio, brief, args.kv_drop)) not in arms:
             arms.append(arm)
     if not arms:
         raise UsageError("these methods need a cap; give --ratios, for example 0.111")

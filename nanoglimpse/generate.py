@@ -21,6 +21,7 @@ from .errors import NanoglimpseError, UsageError
 from .methods import METHODS
 from .overlay import save_overlay
 from .processor import SYSTEM, open_picture
+from .reading import KV_DROPS
 from .results import Answer
 from .sampling import Sampling
 from .weights import EMBEDDED
@@ -62,6 +63,12 @@ def parser() -> Parser:
     prune.add_argument("--list-methods", action="store_true", help="a line each, and stop")
     prune.add_argument("--threshold", type=float, help="keep above it (default: weights', 0.5)")
     prune.add_argument("--max-ratio", type=float, help="keep at most this share (default: no cap)")
+    prune.add_argument(
+        "--kv-drop",
+        choices=KV_DROPS,
+        default="all",
+        help="what is dropped leaves the cache of all layers, or of later ones (default: all)",
+    )
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
 
     text = p.add_argument_group("answer")
@@ -156,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
             "max_pixels": args.max_pixels,
         },
         method=args.method,
+        kv_drop=args.kv_drop,
         threshold=args.threshold,
         max_ratio=args.max_ratio,
         min_tokens=args.min_tokens,

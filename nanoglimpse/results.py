@@ -4,12 +4,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batch import Batch
-from .cache import Cache
+from .cache import Cache, Stack
 from .rope import Grid
 
 
@@ -95,28 +96,23 @@ class Prefill:
     positions: Tensor
     hidden: Tensor | None
     logits: Tensor
-    cache: Cache
+    cache: Cache | Stack
     budgets: Budgets
     batch: Batch = field(repr=False)
     clock: Clock = field(repr=False)
-    _state: tuple[list[int], Tensor] = field(init=False, repr=False)
+    _state: Any = field(init=False, repr=False)
 
     def __post_init__(self):
-        self._state = (list(self.cache.lengths), self.cache.next_position)
+        self._state = self.cache.state()
 
     @property
     def timings(self) -> dict[str, float]:
         """Milliseconds of each stage, in order."""
         return self.clock.milliseconds()
 
-    def rewind(self, room: int) -> Cache:
+    def rewind(self, room: int) -> Cache | Stack:
         """The cache as the prefill left it, with room for more rows in every sequence."""
-        lengths, position = self._state
-        self.cache.truncate(lengths, position)
-        free = min(c - n for c, n in zip(self.cache.capacity, lengths, strict=True))
-        if free < room:
-            rows = torch.arange(sum(lengths), device=self.cache.k.device)
-            self.cache = self.cache.keep(rows, lengths, len(self.cache.k), room)
+        self.cache = self.cache.rewound(self._state, room)
         return self.cache
 
 

@@ -151,13 +151,14 @@ class Staged(Method):
         return Choice(torch.arange(count) % 3 != 1)
 
 
-def test_a_method_may_look_several_times(engine, monkeypatch):
-    """Against layers that run one by one, each with a cache of its own."""
+@pytest.mark.parametrize("kv_drop", ["all", "later"])
+def test_a_method_may_look_several_times(engine, monkeypatch, kv_drop):
+    """Against layers that run one by one, each with keys and values of its own."""
     monkeypatch.setitem(METHODS, "staged", Staged())
     prompt = prompt_of(engine, 4, *GRIDS, 5)
-    ours = engine.prefill(prompt, "staged")
+    ours = engine.prefill(prompt, "staged", kv_drop=kv_drop)
     batch = Batch.of([prompt], engine.config, engine.device)
-    decoder, layers = engine.decoder, []
+    decoder, text, layers = engine.decoder, engine.config.text_config, []
     with torch.inference_mode():
         hidden = decoder.embed_tokens(batch.token_ids)
         hidden[batch.visual_rows] = ours.visual
@@ -168,19 +169,26 @@ def test_a_method_may_look_several_times(engine, monkeypatch):
                 stays = torch.ones(len(rows), dtype=torch.bool)
                 stays[visual] = torch.arange(int(visual.sum())) % 3 != 1
                 rows, visual, hidden = rows[stays], visual[stays], hidden[stays]
-            rope = mrope(prompt.positions[:, rows], engine.config.text_config)
-            cache = Cache(
-                engine.config.text_config, 1, [len(rows)], batch.next_position, hidden, engine.ops
-            )
+            rope = mrope(prompt.positions[:, rows], text)
+            cache = Cache(text, 1, [len(rows)], batch.next_position, hidden, engine.ops)
             own = cache.extend([len(rows)])
             hidden = decoder.layers[layer](hidden, rope, cache, 0, own, Packing([len(rows)]))
             layers.append((rows, *cache.layer(0)))
-        logits = decoder.logits(hidden[-1:])[0]
-    torch.testing.assert_close(ours.logits, logits)
-    for layer, (had, k, v) in enumerate(layers):
-        stay = torch.isin(had, rows)
-        torch.testing.assert_close(ours.cache.layer(layer)[0], k[stay])
-        torch.testing.assert_close(ours.cache.layer(layer)[1], v[stay])
+        logits = decoder.logits(hidden[-1:])
+        torch.testing.assert_close(ours.logits, logits[0])
+        held = [
+            (k, v) if kv_drop == "later" else (k[torch.isin(had, rows)], v[torch.isin(had, rows)])
+            for had, k, v in layers
+        ]
+        for layer, (k, v) in enumerate(held):
+            torch.testing.assert_close(ours.cache.layer(layer)[0], k)
+            torch.testing.assert_close(ours.cache.layer(layer)[1], v)
+        tokens = []
+        for step in range(6):
+            tokens.append(int(logits.argmax()))
+            logits = _step(engine, tokens[-1], batch.next_position + step, held)
+    assert list(engine.decode(ours, 6, ignore_eos=True)) == tokens
+    assert list(engine.decode(ours, 300, ignore_eos=True))[:6] == tokens
     assert torch.equal(ours.positions, prompt.positions[:, rows])
     total = int(prompt.visual.sum())
     left = [total]
@@ -190,7 +198,63 @@ def test_a_method_may_look_several_times(engine, monkeypatch):
     expected = (2 * left[1] + 2 * left[2] + 2 * left[3]) / 6 / total
     assert ours.budgets.prefill_ratio == pytest.approx(expected)
     assert ours.budgets.input_ratio == pytest.approx(left[1] / total)
-    assert len(list(engine.decode(ours, 5, ignore_eos=True))) == 5
+    cached = expected if kv_drop == "later" else left[3] / total
+    assert ours.budgets.decode_kv_ratio == pytest.approx(cached)
+
+
+def _step(engine, token, position, held):
+    """One token through all layers by plain softmax; its keys and values join `held`."""
+    rope = mrope(position.expand(3, -1), engine.config.text_config)
+    hidden = engine.decoder.embed_tokens(torch.tensor([token]))
+    for layer, block in enumerate(engine.decoder.layers):
+        q, k, v = block.project(hidden, rope)
+        keys, values = (torch.cat(pair) for pair in zip(held[layer], (k, v), strict=True))
+        held[layer] = (keys, values)
+        groups = q.shape[1] // k.shape[1]
+        out = []
+        for head in range(q.shape[1]):
+            weights = (keys[:, head // groups] @ q[0, head] * block.head_dim**-0.5).softmax(0)
+            out.append(weights @ values[:, head // groups])
+        hidden = block.finish(hidden, torch.cat(out)[None])
+    return engine.decoder.logits(hidden)
+
+
+@pytest.mark.parametrize("name", ["fastv", "attention", "random", "pdrop"])
+@pytest.mark.parametrize("ratio", [0.75, 0.9])
+def test_a_budget_is_met_where_lower_layers_keep_all(engine, name, ratio):
+    prompt = prompt_of(engine, 3, *GRIDS, 6)
+    prefill = engine.prefill(prompt, name, max_ratio=ratio, kv_drop="later")
+    budgets = prefill.budgets
+    assert ratio - 4 / len(prefill.kept) < budgets.decode_kv_ratio <= ratio
+    assert budgets.prefill_ratio == budgets.decode_kv_ratio
+    answers = engine.prefill_many([prompt, prompt], name, max_ratio=ratio, kv_drop="later")
+    tokens = list(zip(*engine.decode_many(answers, 5, ignore_eos=True), strict=True))
+    assert list(tokens[0]) == list(tokens[1]) == list(engine.decode(prefill, 5, ignore_eos=True))
+
+
+@pytest.mark.parametrize("name", ["fastv", "attention", "pdrop"])
+def test_a_budget_below_the_floor_is_refused(engine, name):
+    with pytest.raises(UsageError, match=f"{name} leaves the cache.*cannot be reached"):
+        engine.prefill(prompt_of(engine, 3, GRIDS[0], 6), name, max_ratio=0.2, kv_drop="later")
+
+
+def test_unknown_kv_drop(engine):
+    with pytest.raises(UsageError, match="unknown kv_drop 'some'; choose one of all, later"):
+        engine.prefill(prompt_of(engine, 3, GRIDS[0], 6), kv_drop="some")
+
+
+@pytest.mark.parametrize("kv_drop", ["all", "later"])
+def test_the_glimpse_leaves_no_trace(engine, kv_drop):
+    """In no layer of the cache, whatever lower layers keep."""
+    prompt = prompt_of(engine, 3, GRIDS[0], 6)
+    prefill = engine.prefill(prompt, "glimpse", max_ratio=0.8, kv_drop=kv_drop)
+    dense = engine.prefill(prompt, "dense")
+    stays = torch.ones(len(prompt), dtype=torch.bool)
+    if kv_drop == "all":
+        stays[prompt.visual] = prefill.kept
+    for layer in range(4):
+        for ours, theirs in zip(prefill.cache.layer(layer), dense.cache.layer(layer), strict=True):
+            torch.testing.assert_close(ours, theirs[stays])
 
 
 def test_a_pyramid_falls_to_its_cap(engine):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..errors import UsageError
 from ..glimpse import Selection
 from ..vision import Watch
 
@@ -20,14 +21,14 @@ class Choice:
     """What a method answers.
 
     Attributes:
-        kept: bool [N].
+        kept: bool [N]; None where nothing was chosen.
         importance: [N], logits that say how much each token matters; None if there are none.
         glimpse_logits: [N, HQ], where the method reads a glimpse.
         values: [kept, C], what the kept tokens are from here on, of methods that merge before the
             decoder; None if they stay as they are.
     """
 
-    kept: Tensor
+    kept: Tensor | None = None
     importance: Tensor | None = None
     glimpse_logits: Tensor | None = None
     values: Tensor | None = None
@@ -165,6 +166,23 @@ class Method:
         A method with a probe has one stop.
         """
         return None
+
+    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
+        """The share of the visual tokens to keep, so that the cache holds `ratio` in the mean.
+
+        Raises:
+            UsageError: it cannot be so little.
+        """
+        first, depth = self.stops(engine)[0], engine.config.text_config.num_hidden_layers
+        if kv_drop == "all" or not first:
+            return ratio
+        share = (ratio * depth - first) / (depth - first) if depth > first else 0.0
+        if share <= 0:
+            raise UsageError(
+                f"method {self.name} leaves the cache of {first} of {depth} layers alone, so that "
+                f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
+            )
+        return share
 
     def choose(self, look: Look) -> Choice:
         """What stays."""

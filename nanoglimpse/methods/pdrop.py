@@ -9,11 +9,13 @@ layers.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..batch import last_rows
+from ..errors import UsageError
 from ..rope import mrope
 from .base import Choice, Look, Method
 
@@ -34,6 +36,25 @@ class PyramidDrop(Method):
         """After each quarter of the layers but the last."""
         depth = engine.config.text_config.num_hidden_layers
         return tuple(max(round(depth * stage / (STAGES + 1)), stage) for stage in (1, 2, 3))
+
+    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
+        """What the last stage has to leave; the mean over layers grows with it, so it is halved."""
+        if kv_drop == "all":
+            return ratio
+        depth = engine.config.text_config.num_hidden_layers
+        ends = (0, *self.stops(engine), depth)
+        spans = [after - before for before, after in pairwise(ends)]
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            held = sum(span * middle ** (i / STAGES) for i, span in enumerate(spans)) / depth
+            low, high = (middle, high) if held < ratio else (low, middle)
+        if high < 1e-6:
+            raise UsageError(
+                f"method pdrop leaves the cache of {spans[0]} of {depth} layers alone, so that "
+                f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
+            )
+        return high
 
     def choose(self, look: Look) -> Choice:
         """The best of this stage."""
