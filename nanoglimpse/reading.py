@@ -13,11 +13,37 @@ from torch import Tensor
 from .batch import Batch, last_rows
 from .cache import Cache, Stack
 from .config import TextConfig
-from .decoder import Decoder
-from .kernels.ops import Ops, Packing
+from .decoder import Block, Decoder
+from .kernels.ops import Ops, Packing, Rope
 from .rope import mrope
 
 KV_DROPS = ("all", "later")
+
+
+class Seen:
+    """A layer that has run, for a method to read attention from.
+
+    Attributes:
+        k: [T, H, D], its keys of the prompts' rows.
+    """
+
+    def __init__(self, block: Block, hidden: Tensor, rope: Rope, k: Tensor, counts: Sequence[int]):
+        self.block, self.hidden, self.rope, self.k, self.counts = block, hidden, rope, k, counts
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Raw logits [T, HQ] of one row a prompt, int64 [B] in `hidden`, to its prompt's rows."""
+        q = self.block.query(self.hidden[rows], self.rope[rows])
+        pairs = zip(q, self.k.split(self.counts), strict=True)
+        return torch.cat([self.block.ops.row_logits(*pair) for pair in pairs])
+
+    def attention(self, rows: Tensor, prompt: int) -> Tensor:
+        """[R, T_b], causal softmax of rows of one prompt, int64 [R], the mean over heads."""
+        first = sum(self.counts[:prompt])
+        keys = self.k[first : first + self.counts[prompt]]
+        q = self.block.query(self.hidden[rows], self.rope[rows])
+        logits = torch.stack([self.block.ops.row_logits(one, keys) for one in q]).float()
+        behind = torch.arange(len(keys), device=q.device) > (rows - first)[:, None]
+        return logits.masked_fill(behind[..., None], -torch.inf).softmax(1).mean(2)
 
 
 class Reading:
@@ -49,7 +75,7 @@ class Reading:
         """[T, C], the state of the prompts' rows, without probes."""
         return self.hidden[self.own]
 
-    def run(self, stop: int, probe: Tensor | None, reads: Sequence[int]) -> dict[int, Tensor]:
+    def run(self, stop: int, probe: Tensor | None, reads: Sequence[int]) -> dict[int, Seen]:
         """The layers up to `stop`, a number of layers.
 
         Args:
@@ -58,13 +84,13 @@ class Reading:
             reads: layers of whose attention something is wanted.
 
         Returns:
-            For each layer read, the raw logits [T, HQ] of the asking row, which is the probe or
-            else each prompt's last row, to the rows of its prompt.
+            The layers read. The rows that ask stand in `asking`: the probes, or else each prompt's
+            last row.
         """
         counts, positions, device = self.batch.counts, self.batch.positions, self.hidden.device
-        asking, first = last_rows(counts, device), self.layers
+        self.asking, first = last_rows(counts, device), self.layers
         if probe is not None:
-            self.own, asking = self.batch.prompt_rows, self.batch.probe_rows
+            self.own, self.asking = self.batch.prompt_rows, self.batch.probe_rows
             counts = [n + 1 for n in counts]
             self.hidden = self.batch.with_probes(self.hidden, 0)
             next_position = self.batch.next_position[:, None]
@@ -72,18 +98,17 @@ class Reading:
         rope = mrope(positions, self.config)
         if self.cache is None:
             self.cache, self.base = self._cache(stop - first, counts), first
-        rows, packing, read = self.cache.used(), Packing(counts, device), {}
+        rows, packing = self.cache.used(), Packing(counts, device)
+        read: dict[int, Seen] = {}
         for layer in range(first, stop):
             block = self.decoder.layers[layer]
             if probe is not None:
-                self.hidden[asking] += probe[layer]
-            asked = self.hidden[asking]
+                self.hidden[self.asking] += probe[layer]
+            before = self.hidden
             self.hidden = block(self.hidden, rope, self.cache, layer - self.base, rows, packing)
             if layer in reads:
-                q = block.query(asked, rope[asking])
-                k = self.cache.k[layer - self.base, rows][self.own].split(self.batch.counts)
-                pairs = zip(q, k, strict=True)
-                read[layer] = torch.cat([self.ops.row_logits(*pair) for pair in pairs])
+                k = self.cache.k[layer - self.base, rows][self.own]
+                read[layer] = Seen(block, before, rope, k, self.batch.counts)
         self.processed += [sum(self.batch.visual_counts)] * (stop - first)
         self.layers = stop
         return read

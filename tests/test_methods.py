@@ -12,9 +12,11 @@ from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.divprune import diverse
 from nanoglimpse.methods.prumerge import gain
 from nanoglimpse.methods.similarity import nearest, unit
+from nanoglimpse.methods.sparsevlm import density_peaks, recycle
 from nanoglimpse.methods.tome import match
 from nanoglimpse.methods.visionzip import merge
 from nanoglimpse.methods.vispruner import thin_out
+from nanoglimpse.methods.vscan import average, of_windows
 from nanoglimpse.rope import mrope
 from nanoglimpse.vision import Watch
 
@@ -50,13 +52,15 @@ def test_keeping_all_is_dense(engine, name):
 def test_the_budget_is_met(engine, name, ratio):
     prompt = prompt_of(engine, 3, *GRIDS, 6)
     prefill = engine.prefill(prompt, name, max_ratio=ratio)
-    total = len(prefill.kept)
+    total, kept = len(prefill.kept), int(prefill.kept.sum())
+    assert prefill.budgets.decode_kv_ratio == pytest.approx(kept / total)
+    if len(METHODS[name].stops(engine)) > 1:
+        assert ratio * total - 2 <= kept <= max(ratio * total, 2)
+        return
     depth, (stop,) = engine.config.text_config.num_hidden_layers, METHODS[name].stops(engine)
-    kept = int(prefill.kept.sum())
     pooled = stop > 0  # before the decoder the quota is per image
     sizes = [total] if pooled else [h * w // 4 for _, h, w in GRIDS]
     assert kept == sum(max(int(ratio * size), 1) for size in sizes)
-    assert prefill.budgets.decode_kv_ratio == pytest.approx(kept / total)
     expected = (stop + (depth - stop) * kept / total) / depth
     assert prefill.budgets.prefill_ratio == pytest.approx(expected)
 
@@ -146,8 +150,8 @@ class Staged(Method):
     def choose(self, look):
         count = len(look.visual)
         assert look.taps.shape[1] == count == len(look.batch.visual_rows)
-        if 3 in look.rows:
-            assert len(look.rows[3]) == len(look.batch.token_ids)
+        if 3 in look.layers:
+            assert len(look.layers[3].logits(look.asking)) == len(look.batch.token_ids)
         return Choice(torch.arange(count) % 3 != 1)
 
 
@@ -219,7 +223,7 @@ def _step(engine, token, position, held):
     return engine.decoder.logits(hidden)
 
 
-@pytest.mark.parametrize("name", ["fastv", "attention", "random", "pdrop"])
+@pytest.mark.parametrize("name", ["fastv", "attention", "random", "pdrop", "sparsevlm", "vscan"])
 @pytest.mark.parametrize("ratio", [0.75, 0.9])
 def test_a_budget_is_met_where_lower_layers_keep_all(engine, name, ratio):
     prompt = prompt_of(engine, 3, *GRIDS, 6)
@@ -450,3 +454,89 @@ def test_equal_tokens(engine, name):
     prefill = engine.prefill(same, name, max_ratio=0.25, evidence=[torch.arange(16) < 4])
     assert int(prefill.kept.sum()) <= 16
     assert bool(torch.isfinite(prefill.logits).all())
+
+
+def test_vscan_windows():
+    """An 8 × 5 grid has two windows, the fifth column belongs to both; each gives its best."""
+    score = torch.arange(40.0)
+    assert sorted(of_windows(score, 8, 5, 4).tolist()) == [18, 19, 38, 39]
+    assert sorted(of_windows(score, 8, 5, 3).tolist()) == [19, 38, 39]
+    assert of_windows(torch.tensor([1.0, 3, 2]), 1, 3, 2).tolist() == [1, 2]
+    assert len(of_windows(score, 8, 5, 39)) == 39
+
+
+def test_vscan_averages():
+    values = torch.tensor([[1.0, 0], [0, 1], [3, 0], [0, 5], [5, 0]])
+    average(values, torch.tensor([0, 1]))
+    assert values[:2].tolist() == [[3, 0], [0, 3]]
+
+
+def test_vscan_has_two_stages(engine):
+    prompt = prompt_of(engine, 3, GRIDS[0], 6)
+    budgets = engine.prefill(prompt, "vscan", max_ratio=0.2).budgets
+    assert METHODS["vscan"].stops(engine) == (0, 3)
+    assert budgets.input_ratio == pytest.approx(int(0.6 * 54) / 54)
+    assert budgets.prefill_ratio == pytest.approx((32 + 10) / 2 / 54)
+
+
+def test_density_peaks():
+    """Two heaps and a stray point: the heaps' densest points are centres of two clusters."""
+    x = torch.tensor([[0.0, 0], [0.1, 0], [0.2, 0], [5, 5], [5.1, 5], [5.2, 5], [2, 2]])
+    centres, member = density_peaks(x, 2)
+    heaps = [{0, 1, 2}, {3, 4, 5}]
+    assert {next(i for i, heap in enumerate(heaps) if c in heap) for c in centres.tolist()} == {
+        0,
+        1,
+    }
+    assert len({int(member[i]) for i in (0, 1, 2)}) == len({int(member[i]) for i in (3, 4, 5)}) == 1
+    assert int(member[0]) != int(member[3])
+
+
+def test_recycling_counts_and_means():
+    """Of 30 tokens 12 stay: 18 go, 6 of them come back as one mean of one cluster."""
+    generator = torch.Generator().manual_seed(4)
+    values, score = torch.randn(30, 3, generator=generator), torch.arange(30.0)
+    before, own = values.clone(), torch.arange(30)
+    chosen = recycle(values, own, score, 12)
+    assert len(chosen.unique()) == 12
+    assert sorted(chosen.tolist())[1:] == list(range(19, 30))
+    (centre,) = set(chosen.tolist()) - set(range(19, 30))
+    assert 13 <= centre <= 18
+    torch.testing.assert_close(values[centre], before[13:19].mean(0))
+    changed = (values != before).any(1).nonzero().flatten().tolist()
+    assert changed == [centre]
+    assert torch.equal(recycle(values, own, score, 30), own)
+
+
+def test_sparsevlm_rates_by_the_question(engine):
+    """Raters by their definition, and the first stage by attention of whole matrices."""
+    prompt = prompt_of(engine, 5, GRIDS[0], 9)
+    method, looks = METHODS["sparsevlm"], []
+
+    class Spy(Method):
+        name, about, capped = "spy", "", True
+        stops, reads, share = method.stops, method.reads, method.share
+
+        def choose(self, look):
+            looks.append(look)
+            return method.choose(look)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "spy", Spy())
+        engine.prefill(prompt, "spy", max_ratio=0.2)
+    look = looks[0]
+    last = int(prompt.visual.nonzero()[-1])
+    assert look.question(0).tolist() == list(range(last + 2, len(prompt)))
+    text = engine.decoder.embed_tokens(prompt.token_ids[last + 2 :])
+    shares = [
+        sum(float(s) for s in column)
+        for column in zip(*[(v @ text.T).softmax(0) for v in look.source], strict=True)
+    ]
+    mean = sum(shares) / len(shares)
+    expected = [last + 2 + i for i, s in enumerate(shares) if s >= mean]
+    assert method.raters(look, 0, look.source).tolist() == expected
+    assert [len(one.visual) for one in looks] == [
+        54,
+        int(0.2 * 300 / 110 * 54),
+        int(0.2 * 200 / 110 * 54),
+    ]

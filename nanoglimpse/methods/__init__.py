@@ -9,9 +9,11 @@ from .oracle import Oracle
 from .pdrop import PyramidDrop
 from .prumerge import PruMerge
 from .random import Random
+from .sparsevlm import SparseVLM
 from .tome import ToMe
 from .visionzip import VisionZip
 from .vispruner import VisPruner
+from .vscan import VScan
 from .vtw import VTW
 
 __all__ = ["METHODS", "AttentionMethod", "Choice", "Look", "Method"]
@@ -35,6 +37,8 @@ METHODS: dict[str, Method] = {
             layers=2,
         ),
         PyramidDrop(),
+        SparseVLM(),
+        VScan(),
         VTW(),
         VisionZip(),
         VisPruner(),

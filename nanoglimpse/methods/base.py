@@ -10,6 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..errors import UsageError
 from ..glimpse import Selection
+from ..reading import Seen
 from ..vision import Watch
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ class Look:
         stage: which of the method's stops this is, from 0.
         batch: the prompts as they are now.
         hidden: [T, C], the prompts' rows as the next layer would see them.
-        visual: [N, C], from the vision encoder.
+        source: [N before any stop, C], all visual tokens from the vision encoder.
+        source_counts: how many of them each prompt has.
+        visual: [N, C], those that are left.
         taps: [M, N, Cv], of the blocks that the method asked for.
         watch: what the method wanted to know of the vision encoder's blocks.
-        rows: by layer that the method reads, the raw attention logits [T, HQ] of the asking row,
-            which is the glimpse if there is one and else each prompt's last, to its prompt's rows.
+        layers: those that the method reads.
+        asking: int64 [B], the rows there that ask: the probes, or else each prompt's last row.
         rule: threshold, cap, minimum and anchors that the user asked for.
         seeds: of methods that draw, one a prompt.
         evidence: bool [N], the visual tokens that the answers need, where they are known.
@@ -57,10 +60,13 @@ class Look:
     stage: int
     batch: Batch
     hidden: Tensor
+    source: Tensor
+    source_counts: list[int]
     visual: Tensor
     taps: Tensor
     watch: Watch
-    rows: dict[int, Tensor]
+    layers: dict[int, Seen]
+    asking: Tensor
     rule: Selection
     seeds: list[int]
     evidence: Tensor | None
@@ -127,7 +133,11 @@ class Look:
 
     def attention(self, layer: int) -> Tensor:
         """[N], the asking row's softmax attention to the visual tokens, the mean over heads."""
-        parts = self.rows[layer].float().split(self.batch.counts)
+        return self.mean_softmax(self.layers[layer].logits(self.asking))
+
+    def mean_softmax(self, logits: Tensor) -> Tensor:
+        """[N], attention to visual tokens from one row's logits a prompt [T, HQ], heads' mean."""
+        parts = logits.float().split(self.batch.counts)
         return torch.cat([part.softmax(0).mean(1) for part in parts])[self.batch.visual_rows]
 
 
@@ -209,6 +219,6 @@ class AttentionMethod(Method):
 
     def choose(self, look: Look) -> Choice:
         """The most attended."""
-        (layer,) = look.rows
+        (layer,) = look.layers
         attention = look.attention(layer)
         return Choice(look.by_rule(attention, threshold=0.0))

@@ -38,7 +38,10 @@ class GlimpsePrune(Method):
     def choose(self, look: Look) -> Choice:
         """What the predictor finds important."""
         glimpse, visual_rows = look.engine.glimpse, look.batch.visual_rows
-        logits = [look.rows[layer][visual_rows] for layer in glimpse.config.selected_layers]
+        logits = [
+            look.layers[layer].logits(look.asking)[visual_rows]
+            for layer in glimpse.config.selected_layers
+        ]
         logits = torch.cat(logits, dim=-1)
         importance = glimpse.predictor(logits, look.taps, look.batch.all_grids)
         return Choice(look.by_rule(importance), importance, logits)

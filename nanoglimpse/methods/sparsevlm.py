@@ -1,0 +1,132 @@
+"""SparseVLM (arXiv 2410.04417), version 1.5 of its code: text that sees rates what is seen.
+
+Raters are the question's tokens whose embeddings are closest to the picture (softmax over text of
+V·Tᵀ, the mean over visual tokens, above the mean over text). After three layers the visual tokens
+that the raters attend to most stay. Of the others the better three tenths are clustered (DPC-KNN)
+into a tenth as many, and the mean of a cluster goes on in the place of its centre.
+
+The code has fixed lists of counts for 576 tokens, of layers of 32, and inserts the clusters behind
+the kept tokens with positions that are no longer theirs. Here the list 300, 200, 110 is scaled to
+the cap, the clusters are counted in, layers are scaled to the model's depth, and a cluster has its
+centre's position.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+from .base import Choice, Look, Method
+from .similarity import best, rest
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+LAYERS, LEVELS = (2, 6, 15), (300 / 110, 200 / 110, 1.0)
+RECYCLED, CLUSTERED = 0.3, 0.1
+
+
+class SparseVLM(Method):
+    """Three stages rated by the question, with recycling."""
+
+    name = "sparsevlm"
+    about = "SparseVLM 1.5, arXiv 2410.04417: three stages, rated by the question, rest clustered"
+
+    def stops(self, engine: "Engine") -> Sequence[int]:
+        """After layers 2, 6 and 15 of 32, scaled and apart."""
+        depth, stops = engine.config.text_config.num_hidden_layers, [0]
+        for layer in LAYERS:
+            stops.append(max(round(depth * layer / 32), stops[-1] + 1))
+        return stops[1:]
+
+    def reads(self, engine: "Engine") -> Sequence[int]:
+        """The layers before the stops."""
+        return [stop - 1 for stop in self.stops(engine)]
+
+    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
+        """What the last stage leaves, clusters included."""
+        if kv_drop == "all":
+            return ratio
+        depth = engine.config.text_config.num_hidden_layers
+        first, second, third = self.stops(engine)
+        spans = (second - first, third - second, depth - third)
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            shares = [min(level * middle, 1.0) for level in LEVELS]
+            held = first + sum(span * share for span, share in zip(spans, shares, strict=True))
+            low, high = (middle, high) if held / depth < ratio else (low, middle)
+        if high < 1e-6:
+            raise UsageError(
+                f"method sparsevlm leaves the cache of {first} of {depth} layers alone, so that "
+                f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
+            )
+        return high
+
+    def choose(self, look: Look) -> Choice:
+        """The stage's choice, prompt by prompt."""
+        ((_, layer),) = look.layers.items()
+        values, kept, seen = look.hidden[look.batch.visual_rows].clone(), ~look.batch.prunable, 0
+        first = 0
+        for prompt, own in enumerate(look.prompts()):
+            whole = look.source_counts[prompt]
+            source = look.source[seen : seen + whole]
+            mine = own.start + look.batch.prunable[own].nonzero().flatten()
+            raters = self.raters(look, prompt, source)
+            if len(mine) and len(raters):
+                columns = look.batch.visual_rows[mine] - first
+                score = layer.attention(raters, prompt).mean(0)[columns]
+                allowed = int(look.rule.max_ratio * LEVELS[look.stage] * whole)
+                chosen = recycle(values, mine, score, max(allowed, look.rule.min_tokens or 0))
+                kept[chosen] = True
+            seen, first = seen + whole, first + look.batch.counts[prompt]
+        return Choice(kept, values=values[kept])
+
+    def raters(self, look: Look, prompt: int, source: Tensor) -> Tensor:
+        """int64, rows of the question's tokens that are closer to the picture than the mean."""
+        rows = look.question(prompt)
+        if not len(source) or not len(rows):
+            return rows[:0]
+        text = look.engine.decoder.embed_tokens(look.batch.token_ids[rows]).float()
+        closeness = (source.float() @ text.T).softmax(1).mean(0)
+        return rows[closeness >= closeness.mean()]
+
+
+def recycle(values: Tensor, own: Tensor, score: Tensor, allowed: int) -> Tensor:
+    """Which of `own` stay, at most `allowed`; centres of clusters become the mean [in place]."""
+    if allowed >= len(own):
+        return own
+    dropped = len(own) - allowed
+    again = int(RECYCLED * dropped) + 1
+    clusters = min(int(CLUSTERED * again) + 1, allowed)
+    chosen = best(score, allowed - clusters)
+    others = rest(len(own), chosen)
+    others = others[best(score[others], min(again, len(others)))]
+    centres, member = density_peaks(values[own[others]].float(), clusters)
+    for number, centre in enumerate(centres.tolist()):
+        group = own[others[member == number]]
+        values[own[others[centre]]] = values[group].float().mean(0).to(values.dtype)
+    return own[torch.cat((chosen, others[centres]))]
+
+
+def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """DPC-KNN: centres int64 [clusters] of rows x [M, C], and the cluster of each row, int64 [M].
+
+    As in the code: density from the `clusters` nearest, itself among them; for the densest row the
+    distance to a denser one is the largest of all. Of equally dense rows the first counts as
+    denser, where the code adds noise: mutual neighbours are always equal.
+    """
+    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
+    near = distance.topk(min(clusters, len(x)), largest=False).values
+    density = (-near.square().mean(1)).exp()
+    order = torch.arange(len(x), device=x.device)
+    equal = (density[None] == density[:, None]) & (order[None] < order[:, None])
+    denser = (density[None] > density[:, None]) | equal
+    apart = distance.masked_fill(~denser, torch.inf).amin(1)
+    apart = torch.where(apart.isinf(), distance.max(), apart)
+    centres = best(density * apart, clusters)
+    member = distance[:, centres].argmin(1)
+    member[centres] = torch.arange(len(centres), device=x.device)
+    return centres, member
