@@ -372,8 +372,9 @@ def test_divprune_of_equal_tokens():
     assert diverse(torch.ones(5, 3), 0).tolist() == []
 
 
-def test_cdpruner_is_the_greedy_determinant():
-    generator = torch.Generator().manual_seed(2)
+@pytest.mark.parametrize("seed", range(8))
+def test_cdpruner_is_the_greedy_determinant(seed):
+    generator = torch.Generator().manual_seed(seed)
     x, relevance = unit(torch.randn(9, 6, generator=generator)), torch.rand(9, generator=generator)
     r = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     kernel = (r[:, None] * (x @ x.T) * r[None]).double()
@@ -386,6 +387,9 @@ def test_cdpruner_is_the_greedy_determinant():
         }
         chosen.append(max(gains, key=gains.get))
     assert conditional(x, relevance, 4).tolist() == chosen
+
+
+def test_cdpruner_of_equal_tokens():
     assert sorted(conditional(unit(torch.ones(4, 2)), torch.ones(4), 4).tolist()) == [0, 1, 2, 3]
 
 
