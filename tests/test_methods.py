@@ -544,3 +544,28 @@ def test_sparsevlm_rates_by_the_question(engine):
         int(0.2 * 300 / 110 * 54),
         int(0.2 * 200 / 110 * 54),
     ]
+
+
+def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engine):
+    """Rows of the second prompt of a batch, against whole matrices of that prompt alone."""
+    prompts = [prompt_of(engine, 4, seed=1), prompt_of(engine, 5, GRIDS[0], 9)]
+    looks = []
+
+    class Spy(Method):
+        name, about, capped = "spy", "", False
+
+        def stops(self, engine):
+            return (2,)
+
+        def reads(self, engine):
+            return (1,)
+
+        def choose(self, look):
+            looks.append(look.layers[1].attention(torch.tensor([8, 20, 66]), 1))
+            return Choice(torch.ones(54, dtype=torch.bool))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "spy", Spy())
+        engine.prefill_many(prompts, "spy")
+    expected = attentions(tiny_folder, engine, prompts[1], GRIDS[0])[1][0].mean(0)
+    torch.testing.assert_close(looks[0], expected[[4, 16, 62]])
