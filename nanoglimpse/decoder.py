@@ -78,8 +78,8 @@ class Block(Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, MLP and the two residual sums."""
-        hidden = self.o(attended).add_(hidden)
-        return self.mlp(self.post_attention_layernorm(hidden)).add_(hidden)
+        normed, hidden = self.post_attention_layernorm.add(self.o(attended), hidden)
+        return self.mlp(normed).add_(hidden)
 
 
 class Decoder(Module):

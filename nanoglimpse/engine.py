@@ -53,7 +53,7 @@ def load(
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
             on a CPU.
         backend: "auto" is the fastest on the device, and inference only; "torch" is plain torch,
-            through which gradients flow; or operations of one's own.
+            through which gradients flow; "triton" needs a GPU; or operations of one's own.
         progress: called with bytes of weights read so far and in all.
 
     Raises:

@@ -103,8 +103,8 @@ class VisionBlock(Module):
 
     def forward(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """[P, Cv] -> [P, Cv]"""
-        x = self.attend(self.norm1(x), rope, packing).add_(x)
-        return self.mlp(self.norm2(x)).add_(x)
+        normed, x = self.norm2.add(self.attend(self.norm1(x), rope, packing), x)
+        return self.mlp(normed).add_(x)
 
     def attend(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows inside the sequences of `packing`."""

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_rms_norm_of_large_half_precision_values():
     assert TORCH.rms_norm(x, torch.ones(8, dtype=torch.float16), 1e-6).tolist() == [[1.0] * 8] * 2
 
 
+def test_add_rms_norm():
+    x, residual, weight = *torch.randn(2, 5, 10), torch.randn(10)
+    normed, total = TORCH.add_rms_norm(x.clone(), residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, TORCH.rms_norm(total, weight, 1e-6))
+
+
 def test_swiglu():
     x = torch.randn(5, 14)
     gate, up = x[:, :7], x[:, 7:]
@@ -183,11 +191,28 @@ def test_backends_are_chosen_by_name():
     cpu = torch.device("cpu")
     assert select("auto", cpu) is CPU
     assert select("torch", cpu) is TORCH
-    assert select("auto", torch.device("cuda")) is TORCH
+    assert select("torch", torch.device("cuda")) is TORCH
     own = replace(TORCH, swiglu=print)
     assert select(own, cpu) is own
     with pytest.raises(UsageError, match=f"choose one of {', '.join(BACKENDS)}"):
         select("fast", cpu)
+
+
+def test_on_cuda_auto_is_triton_where_it_is_installed(monkeypatch):
+    cuda = torch.device("cuda")
+    if find_spec("triton"):
+        assert select("auto", cuda) is select("triton", cuda) is not TORCH
+    monkeypatch.setattr("nanoglimpse.kernels.ops.find_spec", lambda name: None)
+    assert select("auto", cuda) is TORCH
+    with pytest.raises(UsageError, match="triton is not installed; use torch"):
+        select("triton", cuda)
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UsageError, match="does not run on cpu; use auto or torch"):
+        select("triton", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,0 +1,35 @@
+"""What the launchers share: which tensors Triton serves, the sizes of tiles, and the launch."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Elements of a tile that is read once and written once. With four warps that is 32 a thread, in
+# fp32 a quarter of the registers that a thread may have without spilling, and 16 bytes a load.
+TILE = 4096
+
+
+def served(*tensors: Tensor) -> bool:
+    """Whether there is a kernel: otherwise a launcher hands over to the reference.
+
+    This is the one rule. The tensors share a dtype of `DTYPES`, and a head, which is their last
+    axis where attention asks, has at most 256 elements.
+    """
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(x.dtype == dtype for x in tensors)
+
+
+def tile(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile of about `TILE` elements, as wide as it needs to be."""
+    width = triton.next_power_of_2(columns)
+    height = min(TILE // width, triton.next_power_of_2(rows))
+    return max(height, 1), width
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
+    """Launches, unless there is nothing to do: CUDA refuses an empty grid."""
+    if math.prod(grid):
+        kernel[grid](*args, **options)

@@ -1,0 +1,138 @@
+"""The Triton kernels, without a GPU in Triton's interpreter.
+
+Numbers are judged by two norms: the RMS error and the error of the worst row, against the
+definition in fp64, are at most twice what torch makes in the same dtype. Which rows a result
+depends on is judged exactly. Allocations hold NaN until they are written.
+"""
+
+import pytest
+import torch
+
+from nanoglimpse.kernels.ops import TORCH, Rope, select
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON = select("triton", DEVICE)
+# The interpreter multiplies the bit patterns of bf16 in tl.dot: there, bf16 is left to a GPU.
+DTYPES = [torch.float32, torch.float16]
+if DEVICE.type == "cuda":
+    DTYPES.append(torch.bfloat16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def check(ours, low, exact):
+    """The two-norm budget; rows are the first axis."""
+    assert ours.shape == low.shape == exact.shape
+    assert ours.dtype == low.dtype
+    errors = [(x.double() - exact).flatten(1) for x in (ours, low)]
+    for norm in (lambda e: e.norm(), lambda e: e.norm(dim=1).max()):
+        mine, theirs = (float(norm(error)) for error in errors)
+        assert mine <= 2 * theirs
+
+
+def changed(function, x, row):
+    """Rows of the result that change with this row of x, exactly."""
+    before = function(x).clone()
+    other = x.clone()
+    other[row] = 1000 - other[row]
+    after = function(other)
+    differs = (before != after).flatten(1).any(1)
+    return differs.nonzero().flatten().tolist()
+
+
+def exact_norm(x, weight, eps):
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(67, 100), (3, 5, 64), (1, 5000)], ids=str)
+def test_rms_norm(dtype, shape):
+    x, weight = 3 * randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
+    for eps in (1e-6, 0.5):
+        ours, low = (ops.rms_norm(x, weight, eps) for ops in (TRITON, TORCH))
+        check(ours, low, exact_norm(x, weight, eps))
+
+
+@dtypes
+def test_add_rms_norm(dtype):
+    x, y, weight = *randn(2, 67, 100, dtype=dtype), randn(100, dtype=dtype)
+    total = x.double() + y.double()
+    (ours, sums), (low, low_sums) = (
+        ops.add_rms_norm(x.clone(), y, weight, 1e-6) for ops in (TRITON, TORCH)
+    )
+    assert torch.equal(sums, low_sums)
+    check(ours, low, exact_norm(total, weight, 1e-6))
+
+
+def test_no_rows():
+    x = randn(0, 48)
+    assert TRITON.rms_norm(x, randn(48), 1e-6).shape == (0, 48)
+    assert TRITON.swiglu(x).shape == (0, 24)
+    assert TRITON.rotate(x.view(0, 4, 12), Rope.of(randn(0, 6))).shape == (0, 4, 12)
+
+
+def test_a_norm_sees_its_row():
+    weight, y = randn(100), randn(67, 100)
+    for row in (0, 31, 66):
+        assert changed(lambda x: TRITON.rms_norm(x, weight, 1e-6), randn(67, 100), row) == [row]
+        for part in (0, 1):
+            assert changed(
+                lambda x, part=part: TRITON.add_rms_norm(x.clone(), y, weight, 1e-6)[part],
+                randn(67, 100),
+                row,
+            ) == [row]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(67, 200), (2, 3, 34), (1, 2 * 2300)], ids=str)
+def test_swiglu(dtype, shape):
+    x = 3 * randn(*shape, dtype=dtype)
+    gate, up = x.double().chunk(2, -1)
+    check(TRITON.swiglu(x), TORCH.swiglu(x), gate * gate.sigmoid() * up)
+
+
+def test_swiglu_pairs_columns():
+    x = randn(7, 2 * 1500)
+    for column in (0, 1023, 1024, 1499, 1500, 2999):
+        assert changed(lambda x: TRITON.swiglu(x.T.contiguous()).T, x.T, column) == [column % 1500]
+
+
+def exact_rotation(x, angles):
+    low, high = x.double().chunk(2, -1)
+    cos, sin = (f(angles.double())[:, None] for f in (torch.cos, torch.sin))
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "heads", "width"), [(67, 3, 80), (5, 18, 128), (1, 6, 8)])
+def test_rotate(dtype, rows, heads, width):
+    # A part of the heads of a wider row, as the vision encoder asks for.
+    x = randn(rows, heads + 2, width, dtype=dtype)[:, :heads]
+    angles = 10 * randn(rows, width // 2)
+    ours, low = (ops.rotate(x, Rope.of(angles)) for ops in (TRITON, TORCH))
+    check(ours, low, exact_rotation(x, angles))
+
+
+def test_a_rotation_sees_its_head():
+    rope = Rope.of(randn(67, 20))
+    for head in (0, 1, 2):
+        assert changed(
+            lambda x: TRITON.rotate(x.transpose(0, 1).contiguous(), rope).transpose(0, 1),
+            randn(3, 67, 40),
+            head,
+        ) == [head]
+    for row in (0, 40, 66):
+        assert changed(lambda x: TRITON.rotate(x, rope), randn(67, 3, 40), row) == [row]
