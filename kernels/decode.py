@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
 ) -> Tensor:
     """Softmax attention of one row a sequence to all its rows in the cache, scaled by 1/√D.
 
@@ -17,11 +21,14 @@ def decode_attention(
         k, v: [1, H, R, D], one layer of the cache as a view with heads before rows; query head h
             reads kv head h // (HQ / H).
         starts: first cache row of each sequence.
-        lengths: number of cache rows of each sequence, at least 1.
+        lengths: number of cache rows of each sequence, at least 1. Both may be integers [B] on the
+            device, int32 for a kernel; nothing then waits for them but the reference.
 
     Returns:
         [B, HQ · D], heads side by side.
     """
+    if isinstance(lengths, Tensor):
+        starts, lengths = starts.tolist(), lengths.tolist()
     if len(starts) == 1:
         return _one(q, k, v, starts[0], lengths[0])
     rows = zip(q.split(1), starts, lengths, strict=True)

@@ -7,6 +7,7 @@ from functools import wraps
 import torch
 import triton
 
+from .decode_triton import decode_attention
 from .norm_triton import add_rms_norm, rms_norm
 from .ops import TORCH
 from .rope_triton import rotate
@@ -26,6 +27,7 @@ def _there(launcher: Callable) -> Callable:
 
 TRITON = replace(
     TORCH,
+    decode_attention=_there(decode_attention),
     rms_norm=_there(rms_norm),
     add_rms_norm=_there(add_rms_norm),
     rotate=_there(rotate),

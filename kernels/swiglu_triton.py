@@ -9,15 +9,15 @@ from .launch import launch, served, tile
 
 
 @triton.jit
-def _swiglu_kernel(x, out, T, I: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
+def _swiglu_kernel(x, out, T, INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    mask = (o_t < T)[:, None] & (o_i < I)[None, :]
+    mask = (o_t < T)[:, None] & (o_i < INNER)[None, :]
     row = o_t.to(tl.int64)[:, None]
-    b_gate = tl.load(x + row * 2 * I + o_i[None, :], mask, 0.0).to(tl.float32)
-    b_up = tl.load(x + row * 2 * I + I + o_i[None, :], mask, 0.0).to(tl.float32)
+    b_gate = tl.load(x + row * 2 * INNER + o_i[None, :], mask, 0.0).to(tl.float32)
+    b_up = tl.load(x + row * 2 * INNER + INNER + o_i[None, :], mask, 0.0).to(tl.float32)
     b_out = b_gate * tl.sigmoid(b_gate) * b_up  # [BLOCK_T, BLOCK_I]
-    tl.store(out + row * I + o_i[None, :], b_out.to(out.dtype.element_ty), mask)
+    tl.store(out + row * INNER + o_i[None, :], b_out.to(out.dtype.element_ty), mask)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def swiglu(x: Tensor) -> Tensor:
         x,
         out,
         rows,
-        I=inner,
+        INNER=inner,
         BLOCK_T=block_t,
         BLOCK_I=block_i,
     )

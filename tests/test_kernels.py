@@ -42,11 +42,11 @@ def check(ours, low, exact):
         assert mine <= 2 * theirs
 
 
-def changed(function, x, row):
-    """Rows of the result that change with this row of x, exactly."""
+def changed(function, x, index):
+    """Rows of the result that change with x[index], exactly."""
     before = function(x).clone()
     other = x.clone()
-    other[row] = 1000 - other[row]
+    other[index] = torch.where(other[index].isnan(), 1000, 1000 - other[index])
     after = function(other)
     differs = (before != after).flatten(1).any(1)
     return differs.nonzero().flatten().tolist()
@@ -136,3 +136,57 @@ def test_a_rotation_sees_its_head():
         ) == [head]
     for row in (0, 40, 66):
         assert changed(lambda x: TRITON.rotate(x, rope), randn(67, 3, 40), row) == [row]
+
+
+def decode_inputs(lengths, heads, group, width, dtype=torch.float32):
+    """One layer of a cache with room behind each sequence, NaN where nothing was written."""
+    starts = [sum(lengths[:b]) + 3 * b for b in range(len(lengths))]
+    cache = torch.full((2, sum(lengths) + 3 * len(lengths), heads, width), torch.nan)
+    for start, length in zip(starts, lengths, strict=True):
+        # Scores rise along the sequence, so that every block moves the pivot.
+        rise = torch.linspace(0.5, 3, length)[:, None, None]
+        cache[:, start : start + length] = torch.randn(2, length, heads, width) * rise
+    k, v = (x.to(DEVICE, dtype).transpose(0, 1)[None] for x in cache)
+    return randn(len(lengths), heads * group, width, dtype=dtype), k, v, starts, lengths
+
+
+def exact_decode(q, k, v, starts, lengths):
+    out = torch.empty(q.shape, dtype=torch.float64, device=DEVICE)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for head in range(q.shape[1]):
+            own = head * k.shape[1] // q.shape[1]
+            keys, values = (x[0, own, start : start + length].double() for x in (k, v))
+            weights = (keys @ q[b, head].double() / q.shape[-1] ** 0.5).softmax(0)
+            out[b, head] = weights @ values
+    return out.flatten(1)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "width"),
+    [((333,), 2, 7, 32), ((1, 200, 64), 1, 3, 80), ((17, 129), 3, 1, 24)],
+)
+def test_decode_attention(dtype, lengths, heads, group, width):
+    inputs = decode_inputs(lengths, heads, group, width, dtype)
+    ours, low = (ops.decode_attention(*inputs) for ops in (TRITON, TORCH))
+    check(ours, low, exact_decode(*inputs))
+    # Again: the counters stand at 0, and where the lengths come from makes no difference.
+    spans = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in inputs[3:])
+    assert torch.equal(TRITON.decode_attention(*inputs[:3], *spans), ours)
+
+
+@pytest.mark.parametrize("lengths", [(100,), (1, 33, 65)])
+def test_decode_attention_sees_exactly_its_keys(lengths):
+    q, k, v, starts, _ = decode_inputs(lengths, 2, 3, 16)
+    q = q / 10  # so that every key weighs enough
+
+    def attend(kv):
+        return TRITON.decode_attention(q, *kv, starts, lengths).view(-1, 16)
+
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        stop = start + length
+        for row in sorted({start, start + length // 2, stop - 1, stop, stop + 2}):
+            head = row % 2
+            own = [6 * b + 3 * head + g for g in range(3)] if row < stop else []
+            index = (slice(None), 0, head, row)
+            assert changed(attend, torch.stack((k, v)), index) == own
