@@ -8,6 +8,7 @@ import torch
 import triton
 
 from .decode_triton import decode_attention
+from .keep_triton import keep_rows
 from .norm_triton import add_rms_norm, rms_norm
 from .ops import TORCH
 from .rope_triton import rotate
@@ -28,6 +29,7 @@ def _there(launcher: Callable) -> Callable:
 TRITON = replace(
     TORCH,
     decode_attention=_there(decode_attention),
+    keep_rows=_there(keep_rows),
     rms_norm=_there(rms_norm),
     add_rms_norm=_there(add_rms_norm),
     rotate=_there(rotate),

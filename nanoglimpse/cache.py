@@ -99,20 +99,29 @@ class Cache:
         return self.k[layer, rows], self.v[layer, rows]
 
     def keep(self, rows: Tensor, counts: Sequence[int], layers: int, room: int) -> "Cache":
-        """A compact cache of the rows that survive, in one gather; this one stays as it is.
+        """A compact cache of the rows that survive; arguments as `keep_with`."""
+        return self.keep_with(self.k.new_empty(self.k.shape[1], 0), rows, counts, layers, room)[1]
+
+    def keep_with(
+        self, hidden: Tensor, rows: Tensor, counts: Sequence[int], layers: int, room: int
+    ) -> tuple[Tensor, "Cache"]:
+        """Hidden rows and a compact cache of what survives, in one gather; this one stays as it is.
 
         Args:
+            hidden: [R, C], numbered as the rows of this cache.
             rows: int64 [S], surviving rows of this cache, sequence after sequence, in order.
             counts: how many of them belong to each sequence.
             layers: layers of the new cache; those beyond this one's are left to be written.
             room: rows to leave free behind each sequence.
+
+        Returns:
+            [S, C] and the cache.
         """
         capacity = [count + room for count in counts]
         new = Cache(self.config, layers, capacity, self.next_position, self.k, self.ops)
         targets, own = new.extend(counts), len(self.k)
-        self.ops.keep_rows(self.k, rows, new.k[:own], targets)
-        self.ops.keep_rows(self.v, rows, new.v[:own], targets)
-        return new
+        kept = self.ops.keep_rows(self.k, self.v, hidden, rows, new.k[:own], new.v[:own], targets)
+        return kept, new
 
     def truncate(self, lengths: Sequence[int], next_position: Tensor) -> None:
         """Forgets the rows behind `lengths`."""

@@ -211,10 +211,10 @@ class Engine:
             clock.lap("score")
             own = rows if pruner.probe(self) is None else batch.prompt_rows[rows]
             kept = choice.kept if cache is None else kept.masked_scatter(kept, choice.kept)
-            cache = lower.keep(own, counts, depth, max_new_tokens)
             traced = hidden[batch.prompt_rows] if trace else None
+            hidden, cache = lower.keep_with(hidden, own, counts, depth, max_new_tokens)
             processed += [sum(batch.visual_counts)] * (stop - first)
-            hidden, batch, first = hidden[own], batch.keep(rows, choice.kept, counts), stop
+            batch, first = batch.keep(rows, choice.kept, counts), stop
             del lower  # the whole prompt's rows; only the survivors are needed from here
             clock.lap("keep")
         if cache is None:

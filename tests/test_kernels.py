@@ -190,3 +190,18 @@ def test_decode_attention_sees_exactly_its_keys(lengths):
             own = [6 * b + 3 * head + g for g in range(3)] if row < stop else []
             index = (slice(None), 0, head, row)
             assert changed(attend, torch.stack((k, v)), index) == own
+
+
+@dtypes
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize(("survivors", "size"), [(150, 50), (5, 7), (0, 50)])
+def test_keep_rows(dtype, sliced, survivors, size):
+    """Nothing is computed, so nothing may differ; what is no target keeps its NaN."""
+    k, v = randn(2, 3, 201, 2, 10, dtype=dtype)
+    hidden, rows = randn(201, size, dtype=dtype), torch.randperm(201)[:survivors]
+    targets = slice(11, 11 + survivors) if sliced else torch.randperm(170)[:survivors].to(DEVICE)
+    new, expected = torch.full((2, 2, 5, 170, 2, 10), torch.nan).to(DEVICE, dtype)
+    args = (k, v, hidden, rows.to(DEVICE))
+    kept = TRITON.keep_rows(*args, new[0, :3], new[1, :3], targets)
+    assert torch.equal(kept, TORCH.keep_rows(*args, expected[0, :3], expected[1, :3], targets))
+    assert torch.equal(new.nan_to_num(7), expected.nan_to_num(7))

@@ -139,11 +139,14 @@ def test_swiglu():
 
 @pytest.mark.parametrize("target_rows", [slice(1, 4), torch.tensor([6, 0, 2])])
 def test_keep_rows_writes_only_its_target(target_rows):
-    source, target = torch.randn(3, 9, 2, 4), torch.full((5, 7, 2, 4), torch.nan)
+    (k, v), hidden = torch.randn(2, 3, 9, 2, 4), torch.randn(9, 5)
+    new = torch.full((2, 5, 7, 2, 4), torch.nan)
     rows = torch.tensor([8, 0, 5])
-    TORCH.keep_rows(source, rows, target[:3], target_rows)
-    assert torch.equal(target[:3, target_rows], source[:, rows])
-    assert int(target.isfinite().sum()) == 3 * 3 * 8
+    kept = TORCH.keep_rows(k, v, hidden, rows, new[0, :3], new[1, :3], target_rows)
+    assert torch.equal(new[0, :3, target_rows], k[:, rows])
+    assert torch.equal(new[1, :3, target_rows], v[:, rows])
+    assert torch.equal(kept, hidden[rows])
+    assert int(new.isfinite().sum()) == 2 * 3 * 3 * 8
 
 
 def test_operations_are_differentiable():
