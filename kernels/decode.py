@@ -40,20 +40,3 @@ def _one(q: Tensor, k: Tensor, v: Tensor, start: int, length: int) -> Tensor:
     grouped = q.view(1, k.shape[1], -1, q.shape[-1])  # [1, H, G, D]
     k, v = k.narrow(2, start, length), v.narrow(2, start, length)
     return F.scaled_dot_product_attention(grouped, k, v).view(1, -1)
-
-
-def row_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Raw attention logits of one query row, scaled by 1/√D: no mask, no softmax.
-
-    GlimpsePrune reads the glimpse row this way (official `use_attention_logits`, model_gp.py).
-
-    Args:
-        q: [HQ, D], one row.
-        k: [N, H, D], the keys asked for; query head h reads kv head h // (HQ / H).
-
-    Returns:
-        [N, HQ], columns in query-head order.
-    """
-    heads, width = k.shape[1:]
-    grouped = q.view(heads, -1, width)  # [H, G, D]
-    return torch.einsum("hgd,nhd->nhg", grouped, k).flatten(1) * width**-0.5

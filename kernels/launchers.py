@@ -7,6 +7,7 @@ from functools import wraps
 import torch
 import triton
 
+from .attention_triton import attention, attention_reading
 from .decode_triton import decode_attention
 from .keep_triton import keep_rows
 from .norm_triton import add_rms_norm, rms_norm
@@ -28,6 +29,8 @@ def _there(launcher: Callable) -> Callable:
 
 TRITON = replace(
     TORCH,
+    attention=_there(attention),
+    attention_reading=_there(attention_reading),
     decode_attention=_there(decode_attention),
     keep_rows=_there(keep_rows),
     rms_norm=_there(rms_norm),

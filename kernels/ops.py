@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .attention import attention
-from .decode import decode_attention, row_logits
+from .attention import Queries, Reading, attention, attention_reading, row_logits
+from .decode import decode_attention
 from .keep import keep_rows
 from .linear import linear, pack
 from .norm import add_rms_norm, rms_norm
@@ -29,7 +29,7 @@ from .packing import Packing
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
-__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Rope", "select"]
+__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Queries", "Reading", "Rope", "select"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Ops:
     """One implementation of every operation; signatures and contracts stand at the references."""
 
     attention: Callable
+    attention_reading: Callable
     decode_attention: Callable
     row_logits: Callable
     keep_rows: Callable
@@ -54,6 +55,7 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 TORCH = Ops(
     attention=attention,
+    attention_reading=attention_reading,
     decode_attention=decode_attention,
     row_logits=row_logits,
     keep_rows=keep_rows,

@@ -8,7 +8,7 @@ depends on is judged exactly. Allocations hold NaN until they are written.
 import pytest
 import torch
 
-from nanoglimpse.kernels.ops import TORCH, Rope, select
+from nanoglimpse.kernels.ops import TORCH, Packing, Queries, Reading, Rope, select
 
 pytest.importorskip("triton")
 
@@ -205,3 +205,123 @@ def test_keep_rows(dtype, sliced, survivors, size):
     kept = TRITON.keep_rows(*args, new[0, :3], new[1, :3], targets)
     assert torch.equal(kept, TORCH.keep_rows(*args, expected[0, :3], expected[1, :3], targets))
     assert torch.equal(new.nan_to_num(7), expected.nan_to_num(7))
+
+
+def exact_attention(q, k, v, seen):
+    """From the keys that each query row sees; also the logits."""
+    scores = torch.einsum(
+        "qhd,khd->hqk", q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    )
+    scores = scores / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    values = v.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1), scores
+
+
+def seen_by(lengths, causal, rows=None):
+    """Bool [rows, keys], from the definition."""
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    place = torch.arange(len(sequence))
+    seen = sequence[:, None] == sequence
+    if causal:
+        seen &= place[:, None] >= place
+    return (seen if rows is None else seen[rows]).to(DEVICE)
+
+
+def rising(*shape, dtype):
+    """Larger and larger from row to row, so that every block of keys moves the pivot."""
+    return (torch.randn(shape) * torch.linspace(0.5, 2, shape[0])[:, None, None]).to(DEVICE, dtype)
+
+
+def some_rows(lengths, rows):
+    """The `Queries` for these rows, counted over all sequences."""
+    starts = Packing(lengths).cu_seqlens.tolist()
+    spans = [(start, start + n) for start, n in zip(starts, lengths, strict=False)]
+    own = [[row - start for row in rows if start <= row < stop] for start, stop in spans]
+    positions = torch.tensor([place for places in own for place in places], device=DEVICE)
+    return Queries(Packing([len(places) for places in own], DEVICE), positions)
+
+
+SHAPES = [  # heads, kv heads, width, width of a value
+    (6, 2, 16, 16),
+    (3, 1, 80, 80),
+    (2, 2, 40, 12),
+    (4, 2, 9, 9),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(dtype, causal, shape):
+    heads, kv_heads, width, v_width = shape
+    lengths = (101, 1, 67) if width == 80 else (33, 1, 200)
+    rows = sum(lengths)
+    q = randn(rows, heads + 1, width, dtype=dtype)[:, 1:]
+    k, v = (rising(rows, kv_heads, w, dtype=dtype) for w in (width, v_width))
+    args = (q, k, v, Packing(lengths, DEVICE))
+    ours, low = (ops.attention(*args, causal=causal) for ops in (TRITON, TORCH))
+    check(ours, low, exact_attention(q, k, v, seen_by(lengths, causal))[0])
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_some_rows(dtype, causal):
+    """As where pruning happens inside a layer: the survivors attend to all rows."""
+    lengths, rows = (130, 71, 5), torch.randperm(206)[:90].tolist()
+    rows = sorted({*rows, 0, 129, 130, 205})
+    q, k, v = (rising(206, h, 24, dtype=dtype) for h in (4, 2, 2))
+    q, queries = q[rows], some_rows(lengths, rows)
+    args = (q, k, v, Packing(lengths, DEVICE))
+    ours, low = (ops.attention(*args, causal=causal, queries=queries) for ops in (TRITON, TORCH))
+    check(ours, low, exact_attention(q, k, v, seen_by(lengths, causal, rows))[0])
+
+
+def test_attention_over_scattered_rows():
+    q, k, v = randn(3, 50, 2, 16)
+    packing = Packing((20, 30), DEVICE, torch.randperm(50).to(DEVICE))
+    ours, expected = (ops.attention(q, k, v, packing, causal=False) for ops in (TRITON, TORCH))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_attention_sees_exactly_its_keys(causal, pruned):
+    """With equal scores the output names the keys: each value is one-hot, scaled by its head."""
+    lengths, total = (37, 100, 1), 138
+    rows = [0, 5, 36, 37, 69, 70, 99, 136, 137] if pruned else [*range(total)]
+    q, k = randn(len(rows), 6, 140), torch.zeros(total, 2, 140, device=DEVICE)
+    v = torch.eye(total, 139, device=DEVICE)[:, None] * torch.tensor([[1.0], [2.0]], device=DEVICE)
+    queries = some_rows(lengths, rows) if pruned else None
+    out = TRITON.attention(q, k, v, Packing(lengths, DEVICE), causal=causal, queries=queries)
+    seen = seen_by(lengths, causal, rows)[:, None].float()
+    expected = seen / seen.sum(-1, keepdim=True) * torch.tensor([1.0, 2.0]).to(DEVICE)[:, None]
+    expected = torch.nn.functional.pad(expected.repeat_interleave(3, 1), (0, 1))
+    torch.testing.assert_close(out.view(len(rows), 6, 139), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_row_is_read_while_attending(dtype, pruned):
+    lengths, asking = (70, 3, 133), [69, 71, 140]
+    rows = [3, 69, 71, 72, 73, 140, 205] if pruned else [*range(206)]
+    queries = some_rows(lengths, rows) if pruned else None
+    q, k, v = (rising(206, h, 24, dtype=dtype) for h in (6, 2, 2))
+    q, packing = q[rows], Packing(lengths, DEVICE)
+    first, stop = [5, 70, 73], [38, 73, 206]
+    reading = Reading(
+        *(
+            torch.tensor(x, device=DEVICE)
+            for x in ([rows.index(row) for row in asking], first, stop)
+        )
+    )
+    args, options = (q, k, v, packing, reading), {"causal": True, "queries": queries}
+    (out, ours), (_, low) = (ops.attention_reading(*args, **options) for ops in (TRITON, TORCH))
+    assert torch.equal(out, TRITON.attention(q, k, v, packing, **options))
+    _, scores = exact_attention(q, k, v, seen_by(lengths, True, rows))
+    exact = torch.zeros(206, 6, dtype=torch.float64, device=DEVICE)
+    # The third range goes beyond what its row sees.
+    for row, begin, end in zip(asking, first, (38, 72, 141), strict=True):
+        exact[begin:end] = scores[:, rows.index(row), begin:end].T
+    assert torch.equal(ours != 0, exact != 0)
+    check(ours, low, exact)
