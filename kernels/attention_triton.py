@@ -17,7 +17,7 @@ from .launch import launch, served
 from .packing import Packing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "HQ", "G"])
 def _attention_kernel(
     q,
     k,
@@ -36,7 +36,7 @@ def _attention_kernel(
     stride_v,
     blocks,  # query blocks of the longest sequence
     HQ,
-    G: tl.constexpr,
+    G,
     D: tl.constexpr,
     DV: tl.constexpr,
     D1: tl.constexpr,  # D1 + D2 covers D, DV1 + DV2 covers DV; the second may be 0
@@ -70,7 +70,6 @@ def _attention_kernel(
     # Keys before `whole` are seen by every row, those from `end` on by none.
     whole = tl.min(tl.where(m_m, seen, k_count), 0) // BLOCK_N * BLOCK_N
     end = tl.minimum(tl.max(tl.where(m_m, seen, 0), 0), k_count)
-    reads = False
     if asking is not None:
         asks = tl.load(asking + sequence).to(tl.int32) - q_start
         reads = (asks >= block * BLOCK_M) & (asks < (block + 1) * BLOCK_M)
@@ -95,11 +94,12 @@ def _attention_kernel(
             b_s *= scale
             if masked:
                 b_s = tl.where(o_n[None, :] < seen[:, None], b_s, float("-inf"))
-            if reads:
-                b_row = tl.sum(tl.where((o_m == asks)[:, None], b_s, 0.0), 0)  # [BLOCK_N]
-                wanted = (key >= read_first) & (key < read_stop) & (b_row > float("-inf"))
-                b_row = (b_row * 0.6931471805599453).to(logits.dtype.element_ty)  # ln(2)
-                tl.store(logits + key * HQ + head, b_row, wanted)
+            if asking is not None:  # noqa: SIM102 (decided while compiling, the other while running)
+                if reads:
+                    b_row = tl.sum(tl.where((o_m == asks)[:, None], b_s, 0.0), 0)  # [BLOCK_N]
+                    wanted = (key >= read_first) & (key < read_stop) & (b_row > float("-inf"))
+                    b_row = (b_row * 0.6931471805599453).to(logits.dtype.element_ty)  # ln(2)
+                    tl.store(logits + key * HQ + head, b_row, wanted)
             b_new = tl.maximum(b_top, tl.max(b_s, 1))
             b_p = tl.exp2(b_s - b_new[:, None])
             b_old = tl.exp2(b_top - b_new)
@@ -233,7 +233,7 @@ def _launch(q, k, v, packing, causal, queries, reading, logits) -> Tensor:
         v.stride(0),
         most,
         query_heads,
-        G=query_heads // heads,
+        query_heads // heads,
         D=width,
         DV=v_width,
         D1=d1,

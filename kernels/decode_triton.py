@@ -25,7 +25,7 @@ PROGRAMS = 256
 MOST_SPLITS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H"])
 def _decode_kernel(
     q,
     k,

@@ -8,7 +8,7 @@ from . import keep as reference
 from .launch import launch, served, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "L", "S"])
 def _keep_kernel(
     k,
     v,

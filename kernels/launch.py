@@ -1,4 +1,8 @@
-"""What the launchers share: which tensors Triton serves, the sizes of tiles, and the launch."""
+"""What the launchers share: which tensors Triton serves, the sizes of tiles, and the launch.
+
+Kernels name the numbers that change from call to call `do_not_specialize`: for a number that is 1
+or divides by 16 Triton would compile anew, in the middle of an answer.
+"""
 
 import math
 
@@ -32,4 +36,5 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launches, unless there is nothing to do: CUDA refuses an empty grid."""
     if math.prod(grid):
-        kernel[grid](*args, **options)
+        # Said aloud because Triton 3.10 changes the default; torch's own kernels fuse as well.
+        kernel[grid](*args, enable_fp_fusion=True, **options)

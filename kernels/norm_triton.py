@@ -8,7 +8,7 @@ from . import norm as reference
 from .launch import launch, served, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _rms_norm_kernel(
     x,
     residual,  # [T, C], or None: nothing is added

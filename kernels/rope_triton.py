@@ -9,7 +9,7 @@ from .launch import launch, served, tile
 from .rope import Rope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _rotate_kernel(
     x,
     cos,

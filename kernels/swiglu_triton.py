@@ -8,7 +8,7 @@ from . import swiglu as reference
 from .launch import launch, served, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _swiglu_kernel(x, out, T, INNER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr):
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
