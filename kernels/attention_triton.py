@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import attention as reference
 from .attention import Queries, Reading
-from .launch import launch, served
+from .launch import hopper, launch, served
 from .packing import Packing
 
 
@@ -144,19 +144,20 @@ def split_width(width: int) -> tuple[int, int]:
     return head, max(triton.next_power_of_2(rest), 16) if rest > 0 else 0
 
 
-def blocks_of(q: Tensor, longest: int) -> dict[str, int]:
+def blocks_of(q: Tensor, longest: int, reads: bool) -> dict[str, int]:
     """Rows and keys of a step, warps and stages, for the longest of the packed sequences.
 
-    In two bytes an element 128 × 64 with eight warps keeps the scores, the result and q of a head
-    of 128 in registers; K and V of two stages take 64 KiB of shared memory. Windows of 64 patches
-    and what is shorter take fewer rows. fp32 has no tensor cores to feed, and takes 32 × 32.
+    With 128 rows, eight warps and a head of 128, 64 keys take 186 registers of a thread on Hopper,
+    whose tensor cores read shared memory, but spill on Ampere, where 32 keys take 202. Reading adds
+    a reduction to the loop, and takes 64 × 32 to spill nowhere. Windows of 64 patches and what is
+    shorter need fewer rows. fp32 has no tensor cores to feed, and takes 32 × 32.
     """
     if q.element_size() == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    rows = min(max(triton.next_power_of_2(longest), 16), 128)
+    rows = min(max(triton.next_power_of_2(longest), 16), 64 if reads else 128)
     return {
         "BLOCK_M": rows,
-        "BLOCK_N": 64,
+        "BLOCK_N": 64 if hopper() and not reads else 32,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": 2,
     }
@@ -211,7 +212,7 @@ def _launch(q, k, v, packing, causal, queries, reading, logits) -> Tensor:
     assert v.shape[1] == heads
     own = packing if queries is None else queries.packing
     assert len(own.lengths) == len(packing.lengths)
-    block = blocks_of(q, max(own.lengths, default=0))
+    block = blocks_of(q, max(own.lengths, default=0), reading is not None)
     most = triton.cdiv(max(own.lengths, default=0), block["BLOCK_M"])
     (d1, d2), (dv1, dv2) = split_width(width), split_width(v_width)
     out = q.new_empty(rows, query_heads * v_width)

@@ -33,6 +33,14 @@ def tile(rows: int, columns: int) -> tuple[int, int]:
     return max(height, 1), width
 
 
+def hopper() -> bool:
+    """Whether this is a GPU of NVIDIA's whose tensor cores read shared memory themselves."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **options) -> None:
     """Launches, unless there is nothing to do: CUDA refuses an empty grid."""
     if math.prod(grid):

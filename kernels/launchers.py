@@ -7,11 +7,13 @@ from functools import wraps
 import torch
 import triton
 
+from .append_triton import rotate_append
 from .attention_triton import attention, attention_reading
 from .decode_triton import decode_attention
 from .keep_triton import keep_rows
 from .norm_triton import add_rms_norm, rms_norm
 from .ops import TORCH
+from .received_triton import received_attention
 from .rope_triton import rotate
 from .swiglu_triton import swiglu
 
@@ -36,6 +38,8 @@ TRITON = replace(
     rms_norm=_there(rms_norm),
     add_rms_norm=_there(add_rms_norm),
     rotate=_there(rotate),
+    rotate_append=_there(rotate_append),
+    received_attention=_there(received_attention),
     swiglu=_there(swiglu),
 )
 

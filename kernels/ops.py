@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .append import rotate_append
 from .attention import Queries, Reading, attention, attention_reading, row_logits
 from .decode import decode_attention
 from .keep import keep_rows
 from .linear import linear, pack
 from .norm import add_rms_norm, rms_norm
 from .packing import Packing
+from .received import received_attention
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
@@ -44,6 +46,8 @@ class Ops:
     rms_norm: Callable
     add_rms_norm: Callable
     rotate: Callable
+    rotate_append: Callable
+    received_attention: Callable
     swiglu: Callable
     linear: Callable
     pack: Callable
@@ -62,6 +66,8 @@ TORCH = Ops(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotate=rotate,
+    rotate_append=rotate_append,
+    received_attention=received_attention,
     swiglu=swiglu,
     linear=linear,
     pack=_as_it_is,

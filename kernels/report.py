@@ -70,6 +70,10 @@ def cases() -> Iterator[tuple[str, Callable]]:
         yield f"{name} mlp", partial(TRITON.swiglu, _x(ROWS, 2 * inner))
         q, k = _x(ROWS, heads, 128), _x(ROWS, kv_heads, 128)
         yield f"{name} rope", partial(TRITON.rotate, _x(ROWS, heads + kv_heads, 128), _rope(128))
+        qkv, bias = _x(ROWS, heads + 2 * kv_heads, 128), _x((heads + 2 * kv_heads) * 128)
+        append = partial(TRITON.rotate_append, qkv, bias, _rope(128), k, k)
+        yield f"{name} append", partial(append, slice(0, ROWS))
+        yield f"{name} append, ragged", partial(append, _ids(ROWS))
         prompt = Packing([ROWS], "meta")
         yield f"{name} prefill", partial(TRITON.attention, q, k, k, prompt, causal=True)
         reading = Reading(*(_ids(1) for _ in range(3)))
@@ -104,6 +108,7 @@ def cases() -> Iterator[tuple[str, Callable]]:
     for name, lengths in (("full", [ROWS]), ("windows", [64] * 78 + [8])):
         packing = Packing(lengths, "meta")
         yield f"vision {name}", partial(TRITON.attention, q, k, v, packing, causal=False)
+    yield "vision received", partial(TRITON.received_attention, q, k, packing)
     q, v = _x(ROWS, 4, 192), _x(ROWS, 4, 64)
     packing = Packing([ROWS], "meta")
     yield "predictor", partial(TRITON.attention, q, q, v, packing, causal=False)

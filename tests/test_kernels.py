@@ -325,3 +325,59 @@ def test_a_row_is_read_while_attending(dtype, pruned):
         exact[begin:end] = scores[:, rows.index(row), begin:end].T
     assert torch.equal(ours != 0, exact != 0)
     check(ours, low, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("width", [16, 72])
+def test_received_attention(dtype, width):
+    lengths = (100, 1, 37)
+    q, k = (rising(138, h, width, dtype=dtype) for h in (6, 2))
+    ours, low = (ops.received_attention(q, k, Packing(lengths, DEVICE)) for ops in (TRITON, TORCH))
+    seen = seen_by(lengths, False)
+    _, scores = exact_attention(q, k, k, seen)
+    check(ours, low, scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(1).T)
+
+
+def test_attention_is_received_inside_a_sequence():
+    lengths = (70, 3, 40)
+    q, k = randn(113, 4, 16) / 10, randn(113, 2, 16)
+    inside = {0: (0, 70), 69: (0, 70), 70: (70, 73), 73: (73, 113), 112: (73, 113)}
+    for row, span in inside.items():
+        for part in (0, 1):
+
+            def receive(x, part=part):
+                parts = (x, k) if part == 0 else (q, x)
+                return TRITON.received_attention(*parts, Packing(lengths, DEVICE))
+
+            assert changed(receive, (q, k)[part], row) == [*range(*span)]
+
+
+@dtypes
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("sliced", [True, False])
+def test_rotate_append(dtype, biased, sliced):
+    qkv, bias, angles = randn(67, 10, 24, dtype=dtype), randn(240, dtype=dtype), randn(67, 12)
+    rows = slice(5, 72) if sliced else torch.randperm(90)[:67].to(DEVICE)
+    exact = qkv.double() + (bias.double().view(10, 24) if biased else 0)
+    exact[:, :8] = exact_rotation(exact[:, :8], 10 * angles)
+    both = []
+    for ops in (TRITON, TORCH):
+        k, v = torch.full((2, 90, 2, 24), torch.nan, device=DEVICE, dtype=dtype)
+        rope = Rope.of(10 * angles)
+        q = ops.rotate_append(qkv, bias if biased else None, rope, k, v, rows)
+        assert int(k.isfinite().sum()) == int(v.isfinite().sum()) == 67 * 48
+        both.append((q, k[rows], v[rows]))
+    for ours, low, truth in zip(*both, exact.split((6, 2, 2), 1), strict=True):
+        check(ours, low, truth)
+
+
+def test_an_appended_row_is_its_own():
+    rope = Rope.of(randn(67, 12))
+    for row in (0, 40, 66):
+        k, v = torch.zeros(2, 67, 2, 24, device=DEVICE)
+
+        def append(x, k=k, v=v):
+            q = TRITON.rotate_append(x, None, rope, k, v, slice(0, 67))
+            return torch.cat((q, k, v), 1)
+
+        assert changed(append, randn(67, 10, 24), row) == [row]
