@@ -40,8 +40,9 @@ class Block(Module):
 
     def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
         """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""
-        q, k, v = self.project(hidden, rope)
-        cache.append(layer, rows, k, v)
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        k_rows, v_rows = cache.k_rows[layer], cache.v_rows[layer]
+        q = self.ops.rotate_append(qkv, None, rope, k_rows, v_rows, rows)
         return self.finish(hidden, self.look_back(q, cache, layer))
 
     def write(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> None:

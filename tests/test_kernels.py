@@ -5,10 +5,18 @@ definition in fp64, are at most twice what torch makes in the same dtype. Which 
 depends on is judged exactly. Allocations hold NaN until they are written.
 """
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from nanoglimpse import Prompt, load
 from nanoglimpse.kernels.ops import TORCH, Packing, Queries, Reading, Rope, select
+
+from .tiny import chat_ids, patches_of
 
 pytest.importorskip("triton")
 
@@ -381,3 +389,58 @@ def test_an_appended_row_is_its_own():
             return torch.cat((q, k, v), 1)
 
         assert changed(append, randn(67, 10, 24), row) == [row]
+
+
+@pytest.mark.parametrize("method", ["dense", "glimpse"])
+def test_a_model_answers_as_with_torch(tiny_folder, method):
+    """Two prompts of different lengths, with and without pictures that need partial windows."""
+    parts = ([3, (1, 6, 10), 5], [4, (1, 4, 4), 2, (1, 10, 2), 1])
+    prefills, tokens = [], []
+    for backend in ("triton", "torch"):
+        engine = load(tiny_folder, dtype="float32", device=DEVICE.type, backend=backend)
+        prompts = []
+        for part in parts:
+            grids = [x for x in part if not isinstance(x, int)]
+            ids = chat_ids(*part, seed=1)
+            prompts.append(Prompt.from_tokens(ids, patches_of(grids), grids, config=engine.config))
+        options = {"max_ratio": 0.5} if method == "glimpse" else {}
+        prefills.append(engine.prefill_many(prompts, method, **options))
+        answers = engine.decode_many(prefills[-1], max_new_tokens=6, ignore_eos=True)
+        tokens.append([*answers])
+    ours, expected = prefills
+    assert torch.equal(ours.kept, expected.kept)
+    assert bool(ours.kept.all()) == (method == "dense")
+    for name in ("visual", "taps", "logits"):
+        exact = getattr(expected, name)
+        assert float((getattr(ours, name) - exact).norm()) <= 1e-5 * float(exact.norm())
+    assert tokens[0] == tokens[1]
+
+
+REPORT = """
+import json
+from nanoglimpse.kernels.report import TARGETS, rows
+for row in rows():
+    print(json.dumps([*row, TARGETS[row.target][1]]))
+"""
+
+
+def test_every_kernel_compiles_and_fits_its_chip():
+    """At the shapes of 3B and 7B for three chips; nothing spills, and shared memory suffices."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    table = [json.loads(line) for line in done.stdout.splitlines()]
+    for target, shape, kernel, _, registers, spilled, shared, limit in table:
+        assert spilled == 0, (target, shape, kernel)
+        assert registers <= 256
+        assert shared <= limit, (target, shape, kernel)
+    kernels = {kernel for _, _, kernel, *_ in table}
+    assert len(kernels) == 8
+    assert all(
+        {row[2] for row in table if row[0] == chip} == kernels for chip in {r[0] for r in table}
+    )
+    assert {row[0] for row in table} == {"sm_80", "sm_90", "gfx942"}
