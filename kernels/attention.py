@@ -5,6 +5,8 @@ thing here. The reference runs each run of equal lengths as one batch of
 `scaled_dot_product_attention`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,25 +14,129 @@ from torch import Tensor
 from .packing import Packing, Run
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, causal: bool) -> Tensor:
-    """Softmax attention of every row to the rows of its own sequence, scaled by 1/√D.
+class Queries(NamedTuple):
+    """Rows that attend, where they are fewer than those attended to.
+
+    Attributes:
+        packing: of the queries alone, at least one a sequence.
+        positions: int64 [TQ], the place of each among the rows of its sequence, in order.
+    """
+
+    packing: Packing
+    positions: Tensor
+
+
+class Reading(NamedTuple):
+    """One query row a sequence whose raw logits are wanted, and the keys for which they are.
+
+    Attributes:
+        rows: int64 [B], query rows, counted over all sequences.
+        first, stop: int64 [B], the range of keys, counted over all sequences.
+    """
+
+    rows: Tensor
+    first: Tensor
+    stop: Tensor
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    causal: bool,
+    queries: Queries | None = None,
+) -> Tensor:
+    """Softmax attention of every query row to the rows of its own sequence, scaled by 1/√D.
 
     Args:
-        q: [T, HQ, D].
+        q: [T, HQ, D], or [TQ, HQ, D] with `queries`.
         k: [T, H, D], HQ a multiple of H: query head h reads kv head h // (HQ / H).
         v: [T, H, DV], DV at most D.
         packing: which rows belong together.
         causal: a row sees itself and the rows before it, or the whole sequence.
+        queries: which rows of the sequences q holds; all if None.
 
     Returns:
-        [T, HQ · DV], heads side by side.
+        [TQ, HQ · DV], heads side by side.
     """
+    if queries is not None:
+        return _some(q, k, v, packing, causal, queries)
     if packing.rows is None:
         return _contiguous(q, k, v, packing, causal)
     rows = packing.rows
     out = q.new_empty(len(q), q.shape[1] * v.shape[-1])
     out[rows] = _contiguous(q[rows], k[rows], v[rows], packing, causal)
     return out
+
+
+def attention_reading(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    reading: Reading,
+    *,
+    causal: bool,
+    queries: Queries | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attention`, and the raw logits of one row a sequence: no softmax, scaled by 1/√D.
+
+    GlimpsePrune reads the glimpse row this way (official `use_attention_logits`, model_gp.py).
+
+    Args:
+        q, k, v, packing, causal, queries: as `attention`; the packing has no `rows`.
+        reading: what is read. Keys that the row does not see are left out.
+
+    Returns:
+        The result of `attention`, and logits [T, HQ], 0 where none are wanted.
+    """
+    logits = k.new_zeros(len(k), q.shape[1])
+    starts, rows = packing.cu_seqlens, reading.rows
+    stop = starts[1:]
+    if causal:
+        stop = (rows if queries is None else starts[:-1] + queries.positions[rows]) + 1
+    stop = torch.minimum(reading.stop, stop)
+    for row, *span in zip(rows.tolist(), reading.first.tolist(), stop.tolist(), strict=True):
+        logits[slice(*span)] = row_logits(q[row], k[slice(*span)])
+    return attention(q, k, v, packing, causal=causal, queries=queries), logits
+
+
+def row_logits(q: Tensor, k: Tensor) -> Tensor:
+    """Raw attention logits of one query row, scaled by 1/√D: no mask, no softmax.
+
+    Args:
+        q: [HQ, D], one row.
+        k: [N, H, D], the keys asked for; query head h reads kv head h // (HQ / H).
+
+    Returns:
+        [N, HQ], columns in query-head order.
+    """
+    heads, width = k.shape[1:]
+    grouped = q.view(heads, -1, width)  # [H, G, D]
+    return torch.einsum("hgd,nhd->nhg", grouped, k).flatten(1) * width**-0.5
+
+
+def _some(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, queries: Queries
+) -> Tensor:
+    """Sequence by sequence, with a mask where what a row sees is no simple shape."""
+    assert packing.rows is None
+    sequences = zip(
+        q.split(queries.packing.lengths),
+        k.split(packing.lengths),
+        v.split(packing.lengths),
+        queries.positions.split(queries.packing.lengths),
+        strict=True,
+    )
+    parts = []
+    for own_q, own_k, own_v, positions in sequences:
+        mask = positions[:, None] >= torch.arange(len(own_k), device=q.device) if causal else None
+        batch = (x.transpose(0, 1)[None] for x in (own_q, own_k, own_v))
+        out = F.scaled_dot_product_attention(*batch, mask, enable_gqa=q.shape[1] != k.shape[1])
+        parts.append(out[0].transpose(0, 1).flatten(1))
+    return torch.cat(parts)
 
 
 def _contiguous(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool) -> Tensor:

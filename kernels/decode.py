@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], lengths: Sequence[int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
 ) -> Tensor:
     """Softmax attention of one row a sequence to all its rows in the cache, scaled by 1/√D.
 
@@ -17,11 +21,14 @@ def decode_attention(
         k, v: [1, H, R, D], one layer of the cache as a view with heads before rows; query head h
             reads kv head h // (HQ / H).
         starts: first cache row of each sequence.
-        lengths: number of cache rows of each sequence, at least 1.
+        lengths: number of cache rows of each sequence, at least 1. Both may be integers [B] on the
+            device, int32 for a kernel; nothing then waits for them but the reference.
 
     Returns:
         [B, HQ · D], heads side by side.
     """
+    if isinstance(lengths, Tensor):
+        starts, lengths = starts.tolist(), lengths.tolist()
     if len(starts) == 1:
         return _one(q, k, v, starts[0], lengths[0])
     rows = zip(q.split(1), starts, lengths, strict=True)
@@ -33,20 +40,3 @@ def _one(q: Tensor, k: Tensor, v: Tensor, start: int, length: int) -> Tensor:
     grouped = q.view(1, k.shape[1], -1, q.shape[-1])  # [1, H, G, D]
     k, v = k.narrow(2, start, length), v.narrow(2, start, length)
     return F.scaled_dot_product_attention(grouped, k, v).view(1, -1)
-
-
-def row_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Raw attention logits of one query row, scaled by 1/√D: no mask, no softmax.
-
-    GlimpsePrune reads the glimpse row this way (official `use_attention_logits`, model_gp.py).
-
-    Args:
-        q: [HQ, D], one row.
-        k: [N, H, D], the keys asked for; query head h reads kv head h // (HQ / H).
-
-    Returns:
-        [N, HQ], columns in query-head order.
-    """
-    heads, width = k.shape[1:]
-    grouped = q.view(heads, -1, width)  # [H, G, D]
-    return torch.einsum("hgd,nhd->nhg", grouped, k).flatten(1) * width**-0.5

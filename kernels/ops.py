@@ -8,24 +8,30 @@ program started in the checkout would find it when transformers looks for the pu
 the name `kernels`, and fail.
 """
 
+# Triton must not be imported until a model is loaded for it, and its decorator has to see
+# `triton.language` where a kernel is defined. Hence two files an op: `<op>.py` holds the reference,
+# the contract and nothing but torch, `<op>_triton.py` the kernel and its launcher.
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .attention import attention
-from .decode import decode_attention, row_logits
+from .append import rotate_append
+from .attention import Queries, Reading, attention, attention_reading, row_logits
+from .decode import decode_attention
 from .keep import keep_rows
 from .linear import linear, pack
-from .norm import rms_norm
+from .norm import add_rms_norm, rms_norm
 from .packing import Packing
 from .received import received_attention
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
-__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Rope", "select"]
+__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Queries", "Reading", "Rope", "select"]
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,16 @@ class Ops:
     """One implementation of every operation; signatures and contracts stand at the references."""
 
     attention: Callable
+    attention_reading: Callable
     decode_attention: Callable
     row_logits: Callable
     keep_rows: Callable
     rms_norm: Callable
+    add_rms_norm: Callable
     rotate: Callable
-    swiglu: Callable
+    rotate_append: Callable
     received_attention: Callable
+    swiglu: Callable
     linear: Callable
     pack: Callable
 
@@ -50,30 +59,46 @@ def _as_it_is(weight: Tensor) -> Tensor:
 
 TORCH = Ops(
     attention=attention,
+    attention_reading=attention_reading,
     decode_attention=decode_attention,
     row_logits=row_logits,
     keep_rows=keep_rows,
     rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
     rotate=rotate,
-    swiglu=swiglu,
+    rotate_append=rotate_append,
     received_attention=received_attention,
+    swiglu=swiglu,
     linear=linear,
     pack=_as_it_is,
 )
 CPU = replace(TORCH, pack=pack)
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 def select(backend: str | Ops, device: torch.device) -> Ops:
     """The operations of a backend by name: "torch" is plain torch, "auto" the fastest on `device`.
 
-    Operations of one's own are taken as they are.
+    "triton" needs a GPU, or Triton's interpreter (TRITON_INTERPRET=1), which is slow and made for
+    tests. Operations of one's own are taken as they are.
 
     Raises:
-        UsageError: the name is unknown.
+        UsageError: the name is unknown, or the backend does not run here.
     """
     if isinstance(backend, Ops):
         return backend
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'; choose one of {', '.join(BACKENDS)}")
-    return CPU if backend == "auto" and device.type == "cpu" else TORCH
+    if backend == "auto":
+        # The Triton kernels have been checked and compiled, but not timed on a GPU yet.
+        return CPU if device.type == "cpu" else TORCH
+    if backend == "torch":
+        return TORCH
+    installed = find_spec("triton") is not None
+    if not installed:
+        raise UsageError("backend triton was asked for, but triton is not installed; use torch")
+    from .launchers import TRITON, runs_on
+
+    if not runs_on(device):
+        raise UsageError(f"backend triton does not run on {device.type}; use auto or torch")
+    return TRITON

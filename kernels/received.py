@@ -1,7 +1,6 @@
-"""Attention that a row receives: the column sums of a softmax, without the square matrix.
+"""Attention that rows receive: the column sums of the softmax, which several methods score by.
 
-Rankers of visual tokens need them (VisionZip, VScan, VisPruner read a vision block this way); their
-public code builds the matrix of all pairs, which at 20,000 patches and 16 heads is 25 GB in fp32.
+Nothing of the size rows × rows is kept, neither here nor in the kernel.
 """
 
 import torch
@@ -9,33 +8,28 @@ from torch import Tensor
 
 from .packing import Packing
 
-TILE = 1024
+# Query rows that the reference looks at together.
+CHUNK = 512
 
 
 def received_attention(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
-    """Sum over the queries of a sequence of their softmax attention to each of its rows.
+    """Sum over the rows of a sequence of the attention that each pays to each, not causal.
 
     Args:
-        q, k: [T, H, D], scaled by 1/√D as in attention.
-        packing: which rows belong together.
+        q: [T, HQ, D].
+        k: [T, H, D], HQ a multiple of H: query head h reads kv head h // (HQ / H).
+        packing: which rows belong together; none are scattered.
 
     Returns:
-        fp32 [T, H]; over a sequence every head adds up to its number of rows.
+        fp32 [T, HQ]. Over the rows of a sequence every column sums up to their number.
     """
-    out = q.new_empty(q.shape[:2], dtype=torch.float32)
-    order = packing.rows
-    if order is not None:
-        q, k = q[order], k[order]
-    sums, start = torch.empty_like(out), 0
-    for length in packing.lengths:
-        own = slice(start, start + length)
-        keys = k[own].float().permute(1, 2, 0)  # [H, D, length]
-        total = torch.zeros(k.shape[1], length, device=k.device)
-        for tile in q[own].split(TILE):
-            logits = tile.float().transpose(0, 1) @ keys * q.shape[-1] ** -0.5
-            total += logits.softmax(-1).sum(1)
-        sums[own], start = total.T, start + length
-    if order is None:
-        return sums
-    out[order] = sums
-    return out
+    assert packing.rows is None
+    heads, width = k.shape[1:]
+    out = q.new_zeros(len(q), heads, q.shape[1] // heads, dtype=torch.float32)
+    parts = zip(*(x.split(packing.lengths) for x in (q, k, out)), strict=True)
+    for own_q, own_k, sums in parts:
+        for rows in own_q.split(CHUNK):
+            grouped = rows.unflatten(1, (heads, -1))  # [R, H, G, D]
+            scores = torch.einsum("rhgd,nhd->hgrn", grouped, own_k).float() * width**-0.5
+            sums += scores.softmax(-1).sum(2).permute(2, 0, 1)
+    return out.flatten(1)

@@ -104,22 +104,38 @@ class Cache:
         return self.k[layer, rows], self.v[layer, rows]
 
     def keep(self, rows: Tensor, counts: Sequence[int], layers: int, room: int) -> "Cache":
-        """A compact cache of the rows that survive, in one gather; this one stays as it is.
+        """A compact cache of the rows that survive; arguments as `keep_with`."""
+        nothing = self.k.new_empty(sum(self.lengths), 0)
+        return self.keep_with(nothing, rows, counts, layers, room)[1]
+
+    def keep_with(
+        self, hidden: Tensor, rows: Tensor, counts: Sequence[int], layers: int, room: int
+    ) -> tuple[Tensor, "Cache"]:
+        """Hidden rows and a compact cache of what survives, in one gather; this one stays as it is.
 
         Args:
+            hidden: [T, C], of the rows in use.
             rows: int64 [S], which of the rows in use survive, counted sequence after sequence.
             counts: how many of them belong to each sequence.
             layers: layers of the new cache; those beyond this one's are left to be written.
             room: rows to leave free behind each sequence.
+
+        Returns:
+            [S, C] and the cache.
         """
         capacity = [count + room for count in counts]
         new = Cache(self.config, layers, capacity, self.next_position, self.k, self.ops)
-        targets, own = new.extend(counts), len(self.k)
-        if self.lengths != self.capacity and len(self.lengths) > 1:
-            rows = self.used()[rows]  # room behind a sequence shifts the next one
-        self.ops.keep_rows(self.k, rows, new.k[:own], targets)
-        self.ops.keep_rows(self.v, rows, new.v[:own], targets)
-        return new
+        none, own = hidden.new_empty(self.k.shape[1], 0), len(self.k)
+        apart = self.lengths != self.capacity and len(self.lengths) > 1
+        # Room behind a sequence shifts the next one: then the hidden rows are numbered otherwise.
+        source = self.used()[rows] if apart else rows
+        both = (self.k, self.v, none if apart else hidden, source, new.k[:own], new.v[:own])
+        kept = self.ops.keep_rows(*both, new.extend(counts))
+        return (hidden[rows] if apart else kept), new
+
+    def target(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor, Rows]:
+        """k, v [R, H, D] of one layer, and the rows there that `extend` named."""
+        return self.k_rows[layer], self.v_rows[layer], rows
 
     def view(self, layer: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """k, v [1, H, R, D] of one layer, and where each sequence starts and how long it is."""
@@ -188,6 +204,11 @@ class Stack:
         """Writes k, v of one layer."""
         cache, own = self.place[layer]
         self.caches[cache].append(own, rows[cache], k, v)
+
+    def target(self, layer: int, rows: list[Rows]) -> tuple[Tensor, Tensor, Rows]:
+        """One layer as decoding writes it."""
+        cache, own = self.place[layer]
+        return self.caches[cache].target(own, rows[cache])
 
     def view(self, layer: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """One layer as decoding reads it."""

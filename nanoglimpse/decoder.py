@@ -40,8 +40,8 @@ class Block(Module):
 
     def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
         """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""
-        q, k, v = self.project(hidden, rope)
-        cache.append(layer, rows, k, v)
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        q = self.ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
         return self.finish(hidden, self.look_back(q, cache, layer))
 
     def write(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> None:
@@ -77,8 +77,8 @@ class Block(Module):
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, MLP and the two residual sums."""
-        hidden = self.o(attended).add_(hidden)
-        return self.mlp(self.post_attention_layernorm(hidden)).add_(hidden)
+        normed, hidden = self.post_attention_layernorm.add(self.o(attended), hidden)
+        return self.mlp(normed).add_(hidden)
 
 
 class Decoder(Module):

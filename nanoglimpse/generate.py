@@ -84,7 +84,7 @@ def parser() -> Parser:
     run.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    run.add_argument("--backend", default="auto", help="of the kernels: auto or torch")
+    run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
     run.add_argument("--overlay", metavar="PNG", help="write a picture of what was kept")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     run.add_argument("--quiet", action="store_true", help="no progress, no statistics")

@@ -38,8 +38,8 @@ class PredictorBlock(Module):
 
     def forward(self, x: Tensor, condition: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """x [N, E], condition [N, F] -> [N, E]"""
-        x = self.attend(self.norm1(x), condition, rope, packing).add_(x)
-        return self.mlp(self.norm2(x)).add_(x)
+        normed, x = self.norm2.add(self.attend(self.norm1(x), condition, rope, packing), x)
+        return self.mlp(normed).add_(x)
 
     def attend(self, x: Tensor, condition: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows to the rows of their own image."""

@@ -93,6 +93,10 @@ class RMSNorm(Module):
         """[..., C] -> [..., C]"""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed sum of both and the sum, [..., C] each; x is used up."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class MLP(Module):
     """SwiGLU feed-forward: down(silu(gate(x)) · up(x))."""

@@ -125,13 +125,13 @@ class Reading:
         rows, counts = self.batch.survivors(kept)
         everything = torch.arange(len(self.hidden), device=self.hidden.device)[self.own]
         if kv_drop == "all":
-            depth = len(self.decoder.layers)
-            self.cache, self.base = self.cache.keep(everything[rows], counts, depth, room), 0
+            depth, stays = len(self.decoder.layers), everything[rows]
+            self.hidden, self.cache = self.cache.keep_with(self.hidden, stays, counts, depth, room)
+            self.base = 0
         else:
             written = self.cache.keep(everything, self.batch.counts, len(self.cache.k), room)
             self.finished.append(written)
-            self.cache = None
-        self.hidden = self.hidden[everything[rows]]
+            self.hidden, self.cache = self.hidden[everything[rows]], None
         self.batch, self.own = self.batch.keep(rows, kept, counts), slice(None)
         self.kept = self.kept.masked_scatter(self.kept, kept)
         if values is not None:

@@ -105,8 +105,8 @@ class VisionBlock(Module):
 
     def forward(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """[P, Cv] -> [P, Cv]"""
-        x = self.attend(self.norm1(x), rope, packing).add_(x)
-        return self.mlp(self.norm2(x)).add_(x)
+        normed, x = self.norm2.add(self.attend(self.norm1(x), rope, packing), x)
+        return self.mlp(normed).add_(x)
 
     def attend(self, x: Tensor, rope: Rope, packing: Packing) -> Tensor:
         """Attention of normed rows inside the sequences of `packing`."""
@@ -136,7 +136,12 @@ class Watch:
     def see(self, index: int, block: VisionBlock, x: Tensor, plan: Layout) -> None:
         """Reads block `index`, whose input is x [P, Cv]."""
         q, k, _ = block.project(block.norm1(x), plan.rope)
-        sums = block.ops.received_attention(q, k, plan.frames).mean(1)
+        order, frames = plan.frames.rows, Packing(plan.frames.lengths, x.device)
+        if order is None:
+            sums = block.ops.received_attention(q, k, frames).mean(1)
+        else:
+            sums = torch.empty(len(x), device=x.device)
+            sums[order] = block.ops.received_attention(q[order], k[order], frames).mean(1)
         self.received[index] = sums.unflatten(0, (-1, plan.unit)).mean(1)[plan.inverse]
         self.keys[index] = k.mean(1).unflatten(0, (-1, plan.unit)).mean(1)[plan.inverse]
 

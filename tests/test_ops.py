@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -123,6 +124,13 @@ def test_rms_norm_of_large_half_precision_values():
     assert TORCH.rms_norm(x, torch.ones(8, dtype=torch.float16), 1e-6).tolist() == [[1.0] * 8] * 2
 
 
+def test_add_rms_norm():
+    x, residual, weight = *torch.randn(2, 5, 10), torch.randn(10)
+    normed, total = TORCH.add_rms_norm(x.clone(), residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, TORCH.rms_norm(total, weight, 1e-6))
+
+
 def test_swiglu():
     x = torch.randn(5, 14)
     gate, up = x[:, :7], x[:, 7:]
@@ -131,11 +139,14 @@ def test_swiglu():
 
 @pytest.mark.parametrize("target_rows", [slice(1, 4), torch.tensor([6, 0, 2])])
 def test_keep_rows_writes_only_its_target(target_rows):
-    source, target = torch.randn(3, 9, 2, 4), torch.full((5, 7, 2, 4), torch.nan)
+    (k, v), hidden = torch.randn(2, 3, 9, 2, 4), torch.randn(9, 5)
+    new = torch.full((2, 5, 7, 2, 4), torch.nan)
     rows = torch.tensor([8, 0, 5])
-    TORCH.keep_rows(source, rows, target[:3], target_rows)
-    assert torch.equal(target[:3, target_rows], source[:, rows])
-    assert int(target.isfinite().sum()) == 3 * 3 * 8
+    kept = TORCH.keep_rows(k, v, hidden, rows, new[0, :3], new[1, :3], target_rows)
+    assert torch.equal(new[0, :3, target_rows], k[:, rows])
+    assert torch.equal(new[1, :3, target_rows], v[:, rows])
+    assert torch.equal(kept, hidden[rows])
+    assert int(new.isfinite().sum()) == 2 * 3 * 3 * 8
 
 
 def test_operations_are_differentiable():
@@ -183,11 +194,28 @@ def test_backends_are_chosen_by_name():
     cpu = torch.device("cpu")
     assert select("auto", cpu) is CPU
     assert select("torch", cpu) is TORCH
-    assert select("auto", torch.device("cuda")) is TORCH
+    assert select("torch", torch.device("cuda")) is TORCH
     own = replace(TORCH, swiglu=print)
     assert select(own, cpu) is own
     with pytest.raises(UsageError, match=f"choose one of {', '.join(BACKENDS)}"):
         select("fast", cpu)
+
+
+def test_backends_on_cuda(monkeypatch):
+    cuda = torch.device("cuda")
+    assert select("auto", cuda) is TORCH
+    if find_spec("triton"):
+        assert select("triton", cuda) is not TORCH
+    monkeypatch.setattr("nanoglimpse.kernels.ops.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="triton is not installed; use torch"):
+        select("triton", cuda)
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(UsageError, match="does not run on cpu; use auto or torch"):
+        select("triton", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -220,18 +248,15 @@ def test_packing_is_optional(monkeypatch):
     assert layer(torch.ones(1, 3)).tolist() == [[7, 7]]
 
 
-@pytest.mark.parametrize("rows", [None, [8, 0, 3, 1, 2, 7, 4, 5, 6]])
-def test_received_attention(monkeypatch, rows):
+def test_received_attention(monkeypatch):
     """Column sums of the whole matrix, sequence by sequence; tiles of any size agree."""
-    monkeypatch.setattr("nanoglimpse.kernels.received.TILE", 2)
-    q, k = torch.randn(9, 3, 5), torch.randn(9, 3, 5)
-    order = torch.arange(9) if rows is None else torch.tensor(rows)
-    packing = Packing((5, 4), rows=None if rows is None else order)
-    expected = torch.zeros(9, 3)
-    for sequence in (order[:5], order[5:]):
-        for head in range(3):
-            for i in sequence.tolist():
-                weights = [math.exp(float(q[i, head] @ k[j, head]) / 5**0.5) for j in sequence]
-                for j, weight in zip(sequence.tolist(), weights, strict=True):
+    monkeypatch.setattr("nanoglimpse.kernels.received.CHUNK", 2)
+    q, k = torch.randn(9, 6, 5), torch.randn(9, 3, 5)
+    expected = torch.zeros(9, 6)
+    for sequence in (range(5), range(5, 9)):
+        for head in range(6):
+            for i in sequence:
+                weights = [math.exp(float(q[i, head] @ k[j, head // 2]) / 5**0.5) for j in sequence]
+                for j, weight in zip(sequence, weights, strict=True):
                     expected[j, head] += weight / sum(weights)
-    torch.testing.assert_close(TORCH.received_attention(q, k, packing), expected)
+    torch.testing.assert_close(TORCH.received_attention(q, k, Packing((5, 4))), expected)

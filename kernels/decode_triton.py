@@ -1,0 +1,201 @@
+"""Decode attention, split over keys as in Flash-Decoding (PyTorch blog, Oct. 2023).
+
+What differs: one launch. Every program of a kv head leaves its part of the sum in scratch memory
+and counts itself; whoever comes last puts the parts together. Lengths are read on the device, so
+that a captured graph serves every length: splits that a short sequence does not need do nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import decode as reference
+from .launch import launch, served
+
+# Keys of a step. With 64 of them, two stages and a head of 128 a program takes 38 KiB of shared
+# memory and 143 registers of a thread on Hopper: three on a multiprocessor, each with loads ahead.
+BLOCK_N = 64
+# Programs that are wanted in all, about two for each multiprocessor of the chips that we know.
+PROGRAMS = 256
+MOST_SPLITS = 32
+
+
+@triton.jit(do_not_specialize=["H"])
+def _decode_kernel(
+    q,
+    k,
+    v,
+    starts,
+    lengths,
+    out,
+    parts,  # fp32 [B, H, SPLITS, G, D], unnormalised
+    tops,  # fp32 [B, H, 2, SPLITS, G]: pivots and sums
+    counters,  # int32 [B, H], 0 before and after
+    scale,  # log2(e) / √D
+    stride_q,
+    stride_h,
+    stride_r,
+    H,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    split, head = tl.program_id(0), tl.program_id(1)
+    sequence = tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    active = tl.cdiv(length, share)
+    if split >= active:
+        return
+    o_g, o_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    m_gd = (o_g < G)[:, None] & (o_d < D)[None, :]
+    o_q = (head * G + o_g)[:, None] * D + o_d[None, :]
+    b_q = tl.load(q + sequence.to(tl.int64) * stride_q + o_q, m_gd, 0.0)  # [BLOCK_G, BLOCK_D]
+    first = tl.load(starts + sequence).to(tl.int64)
+    base = first * stride_r + head.to(tl.int64) * stride_h
+    # The pivot starts finite, so that nothing is ever subtracted from infinity.
+    b_top = tl.full([BLOCK_G], -1e30, tl.float32)
+    b_sum = tl.zeros([BLOCK_G], tl.float32)
+    b_acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    stop = tl.minimum(length, (split + 1) * share)
+    for n in range(split * share, stop, BLOCK_N):
+        o_n = n + tl.arange(0, BLOCK_N)
+        m_nd = (o_n < stop)[:, None] & (o_d < D)[None, :]
+        o_kv = base + o_n.to(tl.int64)[:, None] * stride_r + o_d[None, :]
+        b_k = tl.load(k + o_kv, m_nd, 0.0)  # [BLOCK_N, BLOCK_D]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [BLOCK_G, BLOCK_N]
+        b_s = tl.where((o_n < stop)[None, :], b_s, float("-inf"))
+        b_new = tl.maximum(b_top, tl.max(b_s, 1))
+        b_p = tl.exp2(b_s - b_new[:, None])
+        b_old = tl.exp2(b_top - b_new)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_v = tl.load(v + o_kv, m_nd, 0.0)
+        b_acc = b_acc * b_old[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+        b_top = b_new
+
+    place = sequence.to(tl.int64) * H + head
+    p_out = out + place * G * D
+    if active == 1:
+        b_out = b_acc / b_sum[:, None]
+        o_out = o_g[:, None] * D + o_d[None, :]
+        tl.store(p_out + o_out, b_out.to(out.dtype.element_ty), m_gd)
+    else:
+        p_parts = parts + place * SPLITS * G * D
+        p_tops = tops + place * 2 * SPLITS * G
+        o_part = (split * G + o_g)[:, None] * D + o_d[None, :]
+        tl.store(p_parts + o_part, b_acc, m_gd)
+        tl.store(p_tops + split * G + o_g, b_top, o_g < G)
+        tl.store(p_tops + SPLITS * G + split * G + o_g, b_sum, o_g < G)
+        # All threads have written before one of them counts.
+        tl.debug_barrier()
+        if tl.atomic_add(counters + place, 1, sem="acq_rel") == active - 1:
+            tl.store(counters + place, 0)
+            _combine(p_parts, p_tops, p_out, active, G, D, SPLITS, BLOCK_G, BLOCK_D)
+
+
+@triton.jit
+def _combine(
+    parts,
+    tops,
+    out,
+    active,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Past the first-level cache: others have written this.
+    o_s, o_g = tl.arange(0, SPLITS)[:, None], tl.arange(0, BLOCK_G)[None, :]
+    mask = (o_s < active) & (o_g < G)
+    o_sg = o_s * G + o_g
+    b_top = tl.load(tops + o_sg, mask, -1e30, cache_modifier=".cg")  # [SPLITS, BLOCK_G]
+    b_sum = tl.load(tops + SPLITS * G + o_sg, mask, 0.0, cache_modifier=".cg")
+    b_weight = tl.exp2(b_top - tl.max(b_top, 0)[None, :])
+    b_total = tl.sum(b_weight * b_sum, 0)[None, :]
+    b_weight = b_weight / tl.where(b_total == 0.0, 1.0, b_total)
+    # In slices of a head, so that the parts of all splits fit the registers: 32 · 16 · 16 elements.
+    SLICE: tl.constexpr = 16
+    for d in tl.static_range(0, BLOCK_D, SLICE):
+        o_d = d + tl.arange(0, SLICE)
+        o_part = o_sg[:, :, None] * D + o_d[None, None, :]
+        m_part = mask[:, :, None] & (o_d < D)[None, None, :]
+        b_part = tl.load(parts + o_part, m_part, 0.0, cache_modifier=".cg")
+        b_out = tl.sum(b_part * b_weight[:, :, None], 0)  # [BLOCK_G, SLICE]
+        o_row = tl.arange(0, BLOCK_G)[:, None]
+        m_out = (o_row < G) & (o_d < D)[None, :]
+        tl.store(out + o_row * D + o_d[None, :], b_out.to(out.dtype.element_ty), m_out)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Sequence[int] | Tensor,
+    lengths: Sequence[int] | Tensor,
+) -> Tensor:
+    """As the reference, in one launch; not on two streams of a device at once."""
+    if not served(q, k, v) or q.shape[-1] > 256:
+        return reference.decode_attention(q, k, v, starts, lengths)
+    (sequences, query_heads, width), heads = q.shape, k.shape[1]
+    assert q.stride()[1:] == (width, 1)
+    assert k.shape == v.shape
+    assert k.stride()[1:] == v.stride()[1:]
+    assert k.stride(3) == 1
+    if not isinstance(lengths, Tensor):
+        starts, lengths = _on_device(tuple(starts), tuple(lengths), q.device)
+    group = query_heads // heads
+    wanted = triton.cdiv(PROGRAMS, sequences * heads)
+    needed = triton.cdiv(k.shape[2], BLOCK_N)
+    splits = min(triton.next_power_of_2(min(wanted, needed)), MOST_SPLITS)
+    scratch = (sequences, heads, splits, group)
+    out = q.new_empty(sequences, query_heads * width)
+    launch(
+        _decode_kernel,
+        (splits, heads, sequences),
+        q,
+        k,
+        v,
+        starts,
+        lengths,
+        out,
+        q.new_empty(*scratch, width, dtype=torch.float32),
+        q.new_empty(2, *scratch, dtype=torch.float32),
+        _counters(triton.next_power_of_2(sequences * heads), q.device),
+        math.log2(math.e) * width**-0.5,
+        q.stride(0),
+        k.stride(1),
+        k.stride(2),
+        heads,
+        G=group,
+        D=width,
+        SPLITS=splits,
+        BLOCK_G=max(triton.next_power_of_2(group), 16),
+        BLOCK_D=max(triton.next_power_of_2(width), 16),
+        BLOCK_N=BLOCK_N if q.element_size() == 2 else BLOCK_N // 2,
+        num_stages=2,
+    )
+    return out
+
+
+# The same for all layers of a step, which would otherwise wait for a copy each.
+@lru_cache(maxsize=4)
+def _on_device(
+    starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    spans = torch.tensor((starts, lengths), dtype=torch.int32, device=device)
+    return spans[0], spans[1]
+
+
+@lru_cache
+def _counters(count: int, device: torch.device) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

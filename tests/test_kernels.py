@@ -1,0 +1,446 @@
+"""The Triton kernels, without a GPU in Triton's interpreter.
+
+Numbers are judged by two norms: the RMS error and the error of the worst row, against the
+definition in fp64, are at most twice what torch makes in the same dtype. Which rows a result
+depends on is judged exactly. Allocations hold NaN until they are written.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanoglimpse import Prompt, load
+from nanoglimpse.kernels.ops import TORCH, Packing, Queries, Reading, Rope, select
+
+from .tiny import chat_ids, patches_of
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TRITON = select("triton", DEVICE)
+# The interpreter multiplies the bit patterns of bf16 in tl.dot: there, bf16 is left to a GPU.
+DTYPES = [torch.float32, torch.float16]
+if DEVICE.type == "cuda":
+    DTYPES.append(torch.bfloat16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+
+
+@pytest.fixture(autouse=True)
+def unwritten_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def check(ours, low, exact):
+    """The two-norm budget; rows are the first axis."""
+    assert ours.shape == low.shape == exact.shape
+    assert ours.dtype == low.dtype
+    errors = [(x.double() - exact).flatten(1) for x in (ours, low)]
+    for norm in (lambda e: e.norm(), lambda e: e.norm(dim=1).max()):
+        mine, theirs = (float(norm(error)) for error in errors)
+        assert mine <= 2 * theirs
+
+
+def changed(function, x, index):
+    """Rows of the result that change with x[index], exactly."""
+    before = function(x).clone()
+    other = x.clone()
+    other[index] = torch.where(other[index].isnan(), 1000, 1000 - other[index])
+    after = function(other)
+    differs = (before != after).flatten(1).any(1)
+    return differs.nonzero().flatten().tolist()
+
+
+def exact_norm(x, weight, eps):
+    x = x.double()
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(67, 100), (3, 5, 64), (1, 5000)], ids=str)
+def test_rms_norm(dtype, shape):
+    x, weight = 3 * randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
+    for eps in (1e-6, 0.5):
+        ours, low = (ops.rms_norm(x, weight, eps) for ops in (TRITON, TORCH))
+        check(ours, low, exact_norm(x, weight, eps))
+
+
+@dtypes
+def test_add_rms_norm(dtype):
+    x, y, weight = *randn(2, 67, 100, dtype=dtype), randn(100, dtype=dtype)
+    total = x.double() + y.double()
+    (ours, sums), (low, low_sums) = (
+        ops.add_rms_norm(x.clone(), y, weight, 1e-6) for ops in (TRITON, TORCH)
+    )
+    assert torch.equal(sums, low_sums)
+    check(ours, low, exact_norm(total, weight, 1e-6))
+
+
+def test_no_rows():
+    x = randn(0, 48)
+    assert TRITON.rms_norm(x, randn(48), 1e-6).shape == (0, 48)
+    assert TRITON.swiglu(x).shape == (0, 24)
+    assert TRITON.rotate(x.view(0, 4, 12), Rope.of(randn(0, 6))).shape == (0, 4, 12)
+
+
+def test_a_norm_sees_its_row():
+    weight, y = randn(100), randn(67, 100)
+    for row in (0, 31, 66):
+        assert changed(lambda x: TRITON.rms_norm(x, weight, 1e-6), randn(67, 100), row) == [row]
+        for part in (0, 1):
+            assert changed(
+                lambda x, part=part: TRITON.add_rms_norm(x.clone(), y, weight, 1e-6)[part],
+                randn(67, 100),
+                row,
+            ) == [row]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(67, 200), (2, 3, 34), (1, 2 * 2300)], ids=str)
+def test_swiglu(dtype, shape):
+    x = 3 * randn(*shape, dtype=dtype)
+    gate, up = x.double().chunk(2, -1)
+    check(TRITON.swiglu(x), TORCH.swiglu(x), gate * gate.sigmoid() * up)
+
+
+def test_swiglu_pairs_columns():
+    x = randn(7, 2 * 1500)
+    for column in (0, 1023, 1024, 1499, 1500, 2999):
+        assert changed(lambda x: TRITON.swiglu(x.T.contiguous()).T, x.T, column) == [column % 1500]
+
+
+def exact_rotation(x, angles):
+    low, high = x.double().chunk(2, -1)
+    cos, sin = (f(angles.double())[:, None] for f in (torch.cos, torch.sin))
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "heads", "width"), [(67, 3, 80), (5, 18, 128), (1, 6, 8)])
+def test_rotate(dtype, rows, heads, width):
+    # A part of the heads of a wider row, as the vision encoder asks for.
+    x = randn(rows, heads + 2, width, dtype=dtype)[:, :heads]
+    angles = 10 * randn(rows, width // 2)
+    ours, low = (ops.rotate(x, Rope.of(angles)) for ops in (TRITON, TORCH))
+    check(ours, low, exact_rotation(x, angles))
+
+
+def test_a_rotation_sees_its_head():
+    rope = Rope.of(randn(67, 20))
+    for head in (0, 1, 2):
+        assert changed(
+            lambda x: TRITON.rotate(x.transpose(0, 1).contiguous(), rope).transpose(0, 1),
+            randn(3, 67, 40),
+            head,
+        ) == [head]
+    for row in (0, 40, 66):
+        assert changed(lambda x: TRITON.rotate(x, rope), randn(67, 3, 40), row) == [row]
+
+
+def decode_inputs(lengths, heads, group, width, dtype=torch.float32):
+    """One layer of a cache with room behind each sequence, NaN where nothing was written."""
+    starts = [sum(lengths[:b]) + 3 * b for b in range(len(lengths))]
+    cache = torch.full((2, sum(lengths) + 3 * len(lengths), heads, width), torch.nan)
+    for start, length in zip(starts, lengths, strict=True):
+        # Scores rise along the sequence, so that every block moves the pivot.
+        rise = torch.linspace(0.5, 3, length)[:, None, None]
+        cache[:, start : start + length] = torch.randn(2, length, heads, width) * rise
+    k, v = (x.to(DEVICE, dtype).transpose(0, 1)[None] for x in cache)
+    return randn(len(lengths), heads * group, width, dtype=dtype), k, v, starts, lengths
+
+
+def exact_decode(q, k, v, starts, lengths):
+    out = torch.empty(q.shape, dtype=torch.float64, device=DEVICE)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for head in range(q.shape[1]):
+            own = head * k.shape[1] // q.shape[1]
+            keys, values = (x[0, own, start : start + length].double() for x in (k, v))
+            weights = (keys @ q[b, head].double() / q.shape[-1] ** 0.5).softmax(0)
+            out[b, head] = weights @ values
+    return out.flatten(1)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "width"),
+    [((333,), 2, 7, 32), ((1, 200, 64), 1, 3, 80), ((17, 129), 3, 1, 24)],
+)
+def test_decode_attention(dtype, lengths, heads, group, width):
+    inputs = decode_inputs(lengths, heads, group, width, dtype)
+    ours, low = (ops.decode_attention(*inputs) for ops in (TRITON, TORCH))
+    check(ours, low, exact_decode(*inputs))
+    # Again: the counters stand at 0, and where the lengths come from makes no difference.
+    spans = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in inputs[3:])
+    assert torch.equal(TRITON.decode_attention(*inputs[:3], *spans), ours)
+
+
+@pytest.mark.parametrize("lengths", [(100,), (1, 33, 65)])
+def test_decode_attention_sees_exactly_its_keys(lengths):
+    q, k, v, starts, _ = decode_inputs(lengths, 2, 3, 16)
+    q = q / 10  # so that every key weighs enough
+
+    def attend(kv):
+        return TRITON.decode_attention(q, *kv, starts, lengths).view(-1, 16)
+
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        stop = start + length
+        for row in sorted({start, start + length // 2, stop - 1, stop, stop + 2}):
+            head = row % 2
+            own = [6 * b + 3 * head + g for g in range(3)] if row < stop else []
+            index = (slice(None), 0, head, row)
+            assert changed(attend, torch.stack((k, v)), index) == own
+
+
+@dtypes
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize(("survivors", "size"), [(150, 50), (5, 7), (0, 50)])
+def test_keep_rows(dtype, sliced, survivors, size):
+    """Nothing is computed, so nothing may differ; what is no target keeps its NaN."""
+    k, v = randn(2, 3, 201, 2, 10, dtype=dtype)
+    hidden, rows = randn(201, size, dtype=dtype), torch.randperm(201)[:survivors]
+    targets = slice(11, 11 + survivors) if sliced else torch.randperm(170)[:survivors].to(DEVICE)
+    new, expected = torch.full((2, 2, 5, 170, 2, 10), torch.nan).to(DEVICE, dtype)
+    args = (k, v, hidden, rows.to(DEVICE))
+    kept = TRITON.keep_rows(*args, new[0, :3], new[1, :3], targets)
+    assert torch.equal(kept, TORCH.keep_rows(*args, expected[0, :3], expected[1, :3], targets))
+    assert torch.equal(new.nan_to_num(7), expected.nan_to_num(7))
+
+
+def exact_attention(q, k, v, seen):
+    """From the keys that each query row sees; also the logits."""
+    scores = torch.einsum(
+        "qhd,khd->hqk", q.double(), k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    )
+    scores = scores / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    values = v.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return torch.einsum("hqk,khd->qhd", weights, values).flatten(1), scores
+
+
+def seen_by(lengths, causal, rows=None):
+    """Bool [rows, keys], from the definition."""
+    sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    place = torch.arange(len(sequence))
+    seen = sequence[:, None] == sequence
+    if causal:
+        seen &= place[:, None] >= place
+    return (seen if rows is None else seen[rows]).to(DEVICE)
+
+
+def rising(*shape, dtype):
+    """Larger and larger from row to row, so that every block of keys moves the pivot."""
+    return (torch.randn(shape) * torch.linspace(0.5, 2, shape[0])[:, None, None]).to(DEVICE, dtype)
+
+
+def some_rows(lengths, rows):
+    """The `Queries` for these rows, counted over all sequences."""
+    starts = Packing(lengths).cu_seqlens.tolist()
+    spans = [(start, start + n) for start, n in zip(starts, lengths, strict=False)]
+    own = [[row - start for row in rows if start <= row < stop] for start, stop in spans]
+    positions = torch.tensor([place for places in own for place in places], device=DEVICE)
+    return Queries(Packing([len(places) for places in own], DEVICE), positions)
+
+
+SHAPES = [  # heads, kv heads, width, width of a value
+    (6, 2, 16, 16),
+    (3, 1, 80, 80),
+    (2, 2, 40, 12),
+    (4, 2, 9, 9),
+]
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention(dtype, causal, shape):
+    heads, kv_heads, width, v_width = shape
+    lengths = (101, 1, 67) if width == 80 else (33, 1, 200)
+    rows = sum(lengths)
+    q = randn(rows, heads + 1, width, dtype=dtype)[:, 1:]
+    k, v = (rising(rows, kv_heads, w, dtype=dtype) for w in (width, v_width))
+    args = (q, k, v, Packing(lengths, DEVICE))
+    ours, low = (ops.attention(*args, causal=causal) for ops in (TRITON, TORCH))
+    check(ours, low, exact_attention(q, k, v, seen_by(lengths, causal))[0])
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_some_rows(dtype, causal):
+    """As where pruning happens inside a layer: the survivors attend to all rows."""
+    lengths, rows = (130, 71, 5), torch.randperm(206)[:90].tolist()
+    rows = sorted({*rows, 0, 129, 130, 205})
+    q, k, v = (rising(206, h, 24, dtype=dtype) for h in (4, 2, 2))
+    q, queries = q[rows], some_rows(lengths, rows)
+    args = (q, k, v, Packing(lengths, DEVICE))
+    ours, low = (ops.attention(*args, causal=causal, queries=queries) for ops in (TRITON, TORCH))
+    check(ours, low, exact_attention(q, k, v, seen_by(lengths, causal, rows))[0])
+
+
+def test_attention_over_scattered_rows():
+    q, k, v = randn(3, 50, 2, 16)
+    packing = Packing((20, 30), DEVICE, torch.randperm(50).to(DEVICE))
+    ours, expected = (ops.attention(q, k, v, packing, causal=False) for ops in (TRITON, TORCH))
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_attention_sees_exactly_its_keys(causal, pruned):
+    """With equal scores the output names the keys: each value is one-hot, scaled by its head."""
+    lengths, total = (37, 100, 1), 138
+    rows = [0, 5, 36, 37, 69, 70, 99, 136, 137] if pruned else [*range(total)]
+    q, k = randn(len(rows), 6, 140), torch.zeros(total, 2, 140, device=DEVICE)
+    v = torch.eye(total, 139, device=DEVICE)[:, None] * torch.tensor([[1.0], [2.0]], device=DEVICE)
+    queries = some_rows(lengths, rows) if pruned else None
+    out = TRITON.attention(q, k, v, Packing(lengths, DEVICE), causal=causal, queries=queries)
+    seen = seen_by(lengths, causal, rows)[:, None].float()
+    expected = seen / seen.sum(-1, keepdim=True) * torch.tensor([1.0, 2.0]).to(DEVICE)[:, None]
+    expected = torch.nn.functional.pad(expected.repeat_interleave(3, 1), (0, 1))
+    torch.testing.assert_close(out.view(len(rows), 6, 139), expected)
+
+
+@dtypes
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_row_is_read_while_attending(dtype, pruned):
+    lengths, asking = (70, 3, 133), [69, 71, 140]
+    rows = [3, 69, 71, 72, 73, 140, 205] if pruned else [*range(206)]
+    queries = some_rows(lengths, rows) if pruned else None
+    q, k, v = (rising(206, h, 24, dtype=dtype) for h in (6, 2, 2))
+    q, packing = q[rows], Packing(lengths, DEVICE)
+    first, stop = [5, 70, 73], [38, 73, 206]
+    reading = Reading(
+        *(
+            torch.tensor(x, device=DEVICE)
+            for x in ([rows.index(row) for row in asking], first, stop)
+        )
+    )
+    args, options = (q, k, v, packing, reading), {"causal": True, "queries": queries}
+    (out, ours), (_, low) = (ops.attention_reading(*args, **options) for ops in (TRITON, TORCH))
+    assert torch.equal(out, TRITON.attention(q, k, v, packing, **options))
+    _, scores = exact_attention(q, k, v, seen_by(lengths, True, rows))
+    exact = torch.zeros(206, 6, dtype=torch.float64, device=DEVICE)
+    # The third range goes beyond what its row sees.
+    for row, begin, end in zip(asking, first, (38, 72, 141), strict=True):
+        exact[begin:end] = scores[:, rows.index(row), begin:end].T
+    assert torch.equal(ours != 0, exact != 0)
+    check(ours, low, exact)
+
+
+@dtypes
+@pytest.mark.parametrize("width", [16, 72])
+def test_received_attention(dtype, width):
+    lengths = (100, 1, 37)
+    q, k = (rising(138, h, width, dtype=dtype) for h in (6, 2))
+    ours, low = (ops.received_attention(q, k, Packing(lengths, DEVICE)) for ops in (TRITON, TORCH))
+    seen = seen_by(lengths, False)
+    _, scores = exact_attention(q, k, k, seen)
+    check(ours, low, scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(1).T)
+
+
+def test_attention_is_received_inside_a_sequence():
+    lengths = (70, 3, 40)
+    q, k = randn(113, 4, 16) / 10, randn(113, 2, 16)
+    inside = {0: (0, 70), 69: (0, 70), 70: (70, 73), 73: (73, 113), 112: (73, 113)}
+    for row, span in inside.items():
+        for part in (0, 1):
+
+            def receive(x, part=part):
+                parts = (x, k) if part == 0 else (q, x)
+                return TRITON.received_attention(*parts, Packing(lengths, DEVICE))
+
+            assert changed(receive, (q, k)[part], row) == [*range(*span)]
+
+
+@dtypes
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("sliced", [True, False])
+def test_rotate_append(dtype, biased, sliced):
+    qkv, bias, angles = randn(67, 10, 24, dtype=dtype), randn(240, dtype=dtype), randn(67, 12)
+    rows = slice(5, 72) if sliced else torch.randperm(90)[:67].to(DEVICE)
+    exact = qkv.double() + (bias.double().view(10, 24) if biased else 0)
+    exact[:, :8] = exact_rotation(exact[:, :8], 10 * angles)
+    both = []
+    for ops in (TRITON, TORCH):
+        k, v = torch.full((2, 90, 2, 24), torch.nan, device=DEVICE, dtype=dtype)
+        rope = Rope.of(10 * angles)
+        q = ops.rotate_append(qkv, bias if biased else None, rope, k, v, rows)
+        assert int(k.isfinite().sum()) == int(v.isfinite().sum()) == 67 * 48
+        both.append((q, k[rows], v[rows]))
+    for ours, low, truth in zip(*both, exact.split((6, 2, 2), 1), strict=True):
+        check(ours, low, truth)
+
+
+def test_an_appended_row_is_its_own():
+    rope = Rope.of(randn(67, 12))
+    for row in (0, 40, 66):
+        k, v = torch.zeros(2, 67, 2, 24, device=DEVICE)
+
+        def append(x, k=k, v=v):
+            q = TRITON.rotate_append(x, None, rope, k, v, slice(0, 67))
+            return torch.cat((q, k, v), 1)
+
+        assert changed(append, randn(67, 10, 24), row) == [row]
+
+
+@pytest.mark.parametrize("method", ["dense", "glimpse"])
+def test_a_model_answers_as_with_torch(tiny_folder, method):
+    """Two prompts of different lengths, with and without pictures that need partial windows."""
+    parts = ([3, (1, 6, 10), 5], [4, (1, 4, 4), 2, (1, 10, 2), 1])
+    prefills, tokens = [], []
+    for backend in ("triton", "torch"):
+        engine = load(tiny_folder, dtype="float32", device=DEVICE.type, backend=backend)
+        prompts = []
+        for part in parts:
+            grids = [x for x in part if not isinstance(x, int)]
+            ids = chat_ids(*part, seed=1)
+            prompts.append(Prompt.from_tokens(ids, patches_of(grids), grids, config=engine.config))
+        options = {"max_ratio": 0.5} if method == "glimpse" else {}
+        prefills.append(engine.prefill_many(prompts, method, **options))
+        answers = engine.decode_many(prefills[-1], max_new_tokens=6, ignore_eos=True)
+        tokens.append([*answers])
+    ours, expected = prefills
+    assert torch.equal(ours.kept, expected.kept)
+    assert bool(ours.kept.all()) == (method == "dense")
+    for name in ("visual", "taps", "logits"):
+        exact = getattr(expected, name)
+        assert float((getattr(ours, name) - exact).norm()) <= 1e-5 * float(exact.norm())
+    assert tokens[0] == tokens[1]
+
+
+REPORT = """
+import json
+from nanoglimpse.kernels.report import TARGETS, rows
+for row in rows():
+    print(json.dumps([*row, TARGETS[row.target][1]]))
+"""
+
+
+def test_every_kernel_compiles_and_fits_its_chip():
+    """At the shapes of 3B and 7B for three chips; nothing spills, and shared memory suffices."""
+    done = subprocess.run(
+        [sys.executable, "-c", REPORT],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    table = [json.loads(line) for line in done.stdout.splitlines()]
+    for target, shape, kernel, _, registers, spilled, shared, limit in table:
+        assert spilled == 0, (target, shape, kernel)
+        assert registers <= 256
+        assert shared <= limit, (target, shape, kernel)
+    kernels = {kernel for _, _, kernel, *_ in table}
+    assert len(kernels) == 8
+    assert all(
+        {row[2] for row in table if row[0] == chip} == kernels for chip in {r[0] for r in table}
+    )
+    assert {row[0] for row in table} == {"sm_80", "sm_90", "gfx942"}
