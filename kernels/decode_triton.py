@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import decode as reference
-from .launch import launch, served
+from .launch import launch, served_heads
 
 # Keys of a step. With 64 of them, two stages and a head of 128 a program takes 38 KiB of shared
 # memory and 143 registers of a thread on Hopper: three on a multiprocessor, each with loads ahead.
@@ -144,7 +144,7 @@ def decode_attention(
     lengths: Sequence[int] | Tensor,
 ) -> Tensor:
     """As the reference, in one launch; not on two streams of a device at once."""
-    if not served(q, k, v) or q.shape[-1] > 256:
+    if not served_heads(q, k, v):
         return reference.decode_attention(q, k, v, starts, lengths)
     (sequences, query_heads, width), heads = q.shape, k.shape[1]
     assert q.stride()[1:] == (width, 1)
@@ -181,7 +181,9 @@ def decode_attention(
         SPLITS=splits,
         BLOCK_G=max(triton.next_power_of_2(group), 16),
         BLOCK_D=max(triton.next_power_of_2(width), 16),
+        # Twice the bytes take half the keys, and without tensor cores twice the warps not to spill.
         BLOCK_N=BLOCK_N if q.element_size() == 2 else BLOCK_N // 2,
+        num_warps=4 if q.element_size() == 2 else 8,
         num_stages=2,
     )
     return out

@@ -112,6 +112,15 @@ def cases() -> Iterator[tuple[str, Callable]]:
     q, v = _x(ROWS, 4, 192), _x(ROWS, 4, 64)
     packing = Packing([ROWS], "meta")
     yield "predictor", partial(TRITON.attention, q, q, v, packing, causal=False)
+    q, k = (_x(ROWS, n, 128).float() for n in (16, 2))
+    yield "fp32 prefill", partial(TRITON.attention, q, k, k, packing, causal=True)
+    layer = k.transpose(0, 1)[None]
+    yield "fp32 decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
+    qkv = _x(ROWS, 20, 128).float()
+    yield (
+        "fp32 append",
+        partial(TRITON.rotate_append, qkv, None, _rope(128), k, k, slice(0, ROWS)),
+    )
 
 
 def _x(*shape: int) -> torch.Tensor:
