@@ -25,7 +25,7 @@ PROGRAMS = 256
 MOST_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "G"])
 def _decode_kernel(
     q,
     k,
@@ -41,7 +41,7 @@ def _decode_kernel(
     stride_h,
     stride_r,
     H,
-    G: tl.constexpr,
+    G,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -108,7 +108,7 @@ def _combine(
     tops,
     out,
     active,
-    G: tl.constexpr,
+    G,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -123,7 +123,7 @@ def _combine(
     b_weight = tl.exp2(b_top - tl.max(b_top, 0)[None, :])
     b_total = tl.sum(b_weight * b_sum, 0)[None, :]
     b_weight = b_weight / tl.where(b_total == 0.0, 1.0, b_total)
-    # In slices of a head, so that the parts of all splits fit the registers: 32 · 16 · 16 elements.
+    # In slices of a head, so that the parts of all splits, 32 · 16 · 16 elements, fit the registers.
     SLICE: tl.constexpr = 16
     for d in tl.static_range(0, BLOCK_D, SLICE):
         o_d = d + tl.arange(0, SLICE)
@@ -176,7 +176,7 @@ def decode_attention(
         k.stride(1),
         k.stride(2),
         heads,
-        G=group,
+        group,
         D=width,
         SPLITS=splits,
         BLOCK_G=max(triton.next_power_of_2(group), 16),
