@@ -123,7 +123,7 @@ def _combine(
     b_weight = tl.exp2(b_top - tl.max(b_top, 0)[None, :])
     b_total = tl.sum(b_weight * b_sum, 0)[None, :]
     b_weight = b_weight / tl.where(b_total == 0.0, 1.0, b_total)
-    # In slices of a head, so that the parts of all splits, 32 · 16 · 16 elements, fit the registers.
+    # In slices of a head, so that all splits' parts, 32 · 16 · 16 elements, fit the registers.
     SLICE: tl.constexpr = 16
     for d in tl.static_range(0, BLOCK_D, SLICE):
         o_d = d + tl.arange(0, SLICE)
