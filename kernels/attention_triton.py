@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import attention as reference
 from .attention import Queries, Reading
-from .launch import hopper, launch, served
+from .launch import hopper, launch, served_heads
 from .packing import Packing
 
 
@@ -150,10 +150,11 @@ def blocks_of(q: Tensor, longest: int, reads: bool) -> dict[str, int]:
     With 128 rows, eight warps and a head of 128, 64 keys take 186 registers of a thread on Hopper,
     whose tensor cores read shared memory, but spill on Ampere, where 32 keys take 202. Reading adds
     a reduction to the loop, and takes 64 × 32 to spill nowhere. Windows of 64 patches and what is
-    shorter need fewer rows. fp32 has no tensor cores to feed, and takes 32 × 32.
+    shorter need fewer rows. In fp32 there are no tensor cores to feed: 32 × 32, and eight
+    warps for heads of 128 and more not to spill.
     """
     if q.element_size() == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     rows = min(max(triton.next_power_of_2(longest), 16), 64 if reads else 128)
     return {
         "BLOCK_M": rows,
@@ -173,7 +174,7 @@ def attention(
     queries: Queries | None = None,
 ) -> Tensor:
     """As the reference, in one launch; scattered rows are gathered before and after it."""
-    if not served(q, k, v) or q.shape[-1] > 256:
+    if not served_heads(q, k, v):
         return reference.attention(q, k, v, packing, causal=causal, queries=queries)
     if packing.rows is None:
         return _launch(q, k, v, packing, causal, queries, None, None)
@@ -195,7 +196,7 @@ def attention_reading(
     queries: Queries | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, in one launch."""
-    if not served(q, k, v) or q.shape[-1] > 256:
+    if not served_heads(q, k, v):
         return reference.attention_reading(
             q, k, v, packing, reading, causal=causal, queries=queries
         )

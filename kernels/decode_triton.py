@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import decode as reference
-from .launch import launch, served
+from .launch import launch, served_heads
 
 # Keys of a step. With 64 of them, two stages and a head of 128 a program takes 38 KiB of shared
 # memory and 143 registers of a thread on Hopper: three on a multiprocessor, each with loads ahead.
@@ -25,7 +25,7 @@ PROGRAMS = 256
 MOST_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["H"])
+@triton.jit(do_not_specialize=["H", "G"])
 def _decode_kernel(
     q,
     k,
@@ -41,7 +41,7 @@ def _decode_kernel(
     stride_h,
     stride_r,
     H,
-    G: tl.constexpr,
+    G,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -108,7 +108,7 @@ def _combine(
     tops,
     out,
     active,
-    G: tl.constexpr,
+    G,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -123,7 +123,7 @@ def _combine(
     b_weight = tl.exp2(b_top - tl.max(b_top, 0)[None, :])
     b_total = tl.sum(b_weight * b_sum, 0)[None, :]
     b_weight = b_weight / tl.where(b_total == 0.0, 1.0, b_total)
-    # In slices of a head, so that the parts of all splits fit the registers: 32 · 16 · 16 elements.
+    # In slices of a head, so that all splits' parts, 32 · 16 · 16 elements, fit the registers.
     SLICE: tl.constexpr = 16
     for d in tl.static_range(0, BLOCK_D, SLICE):
         o_d = d + tl.arange(0, SLICE)
@@ -144,7 +144,7 @@ def decode_attention(
     lengths: Sequence[int] | Tensor,
 ) -> Tensor:
     """As the reference, in one launch; not on two streams of a device at once."""
-    if not served(q, k, v) or q.shape[-1] > 256:
+    if not served_heads(q, k, v):
         return reference.decode_attention(q, k, v, starts, lengths)
     (sequences, query_heads, width), heads = q.shape, k.shape[1]
     assert q.stride()[1:] == (width, 1)
@@ -176,12 +176,14 @@ def decode_attention(
         k.stride(1),
         k.stride(2),
         heads,
-        G=group,
+        group,
         D=width,
         SPLITS=splits,
         BLOCK_G=max(triton.next_power_of_2(group), 16),
         BLOCK_D=max(triton.next_power_of_2(width), 16),
+        # Twice the bytes take half the keys, and without tensor cores twice the warps not to spill.
         BLOCK_N=BLOCK_N if q.element_size() == 2 else BLOCK_N // 2,
+        num_warps=4 if q.element_size() == 2 else 8,
         num_stages=2,
     )
     return out

@@ -11,19 +11,24 @@ import triton
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDTH = 256
 # Elements of a tile that is read once and written once. With four warps that is 32 a thread, in
 # fp32 a quarter of the registers that a thread may have without spilling, and 16 bytes a load.
 TILE = 4096
 
 
 def served(*tensors: Tensor) -> bool:
-    """Whether there is a kernel: otherwise a launcher hands over to the reference.
+    """Whether there is a kernel for these; otherwise a launcher hands over to the reference.
 
-    This is the one rule. The tensors share a dtype of `DTYPES`, and a head, which is their last
-    axis where attention asks, has at most 256 elements.
+    That they share one of `DTYPES` is the one condition, and of attention `served_heads` besides.
     """
     dtype = tensors[0].dtype
     return dtype in DTYPES and all(x.dtype == dtype for x in tensors)
+
+
+def served_heads(*tensors: Tensor) -> bool:
+    """As `served`, for tensors whose last axis is a head: registers hold at most `WIDTH` of it."""
+    return served(*tensors) and all(x.shape[-1] <= WIDTH for x in tensors)
 
 
 def tile(rows: int, columns: int) -> tuple[int, int]:

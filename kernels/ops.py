@@ -1,4 +1,4 @@
-"""The operations of the hot path, an op a file, chosen once when a model is loaded.
+"""The operations of the hot path, chosen once when a model is loaded.
 
 The engine calls them only through the `Ops` that `select` returns, so that a model never asks
 which backend runs it. The references are plain torch and run on every device.

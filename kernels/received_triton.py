@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import received as reference
 from .attention_triton import _rows, split_width
-from .launch import launch, served
+from .launch import launch, served_heads
 from .packing import Packing
 
 
@@ -79,7 +79,7 @@ def _received_kernel(
 
 def received_attention(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
     """As the reference, in two launches."""
-    if not served(q, k) or q.shape[-1] > 256:
+    if not served_heads(q, k):
         return reference.received_attention(q, k, packing)
     assert packing.rows is None
     (rows, query_heads, width), heads = q.shape, k.shape[1]

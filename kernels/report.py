@@ -76,24 +76,14 @@ def cases() -> Iterator[tuple[str, Callable]]:
         yield f"{name} append, ragged", partial(append, _ids(ROWS))
         prompt = Packing([ROWS], "meta")
         yield f"{name} prefill", partial(TRITON.attention, q, k, k, prompt, causal=True)
-        reading = Reading(*(_ids(1) for _ in range(3)))
-        yield (
-            f"{name} prefill, read",
-            partial(TRITON.attention_reading, q, k, k, prompt, reading, causal=True),
-        )
         some = Queries(Packing([600], "meta"), _ids(600))
+        read = partial(TRITON.attention_reading, q[:600], k, k, prompt, Reading(*[_ids(1)] * 3))
+        yield f"{name} prefill, read", partial(read, causal=True, queries=some)
+        layer = k.transpose(0, 1)[None]
         yield (
-            f"{name} prefill, some",
-            partial(TRITON.attention, q[:600], k, k, prompt, causal=True, queries=some),
+            f"{name} decode",
+            partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS]),
         )
-        for batch in (1, 8):
-            layer = _x(batch * ROWS, kv_heads, 128).transpose(0, 1)[None]
-            spans = [0] * batch, [ROWS] * batch
-            q = _x(batch, heads, 128)
-            yield (
-                f"{name} decode × {batch}",
-                partial(TRITON.decode_attention, q, layer, layer, *spans),
-            )
         cache, target = (_x(LAYERS, n, kv_heads, 128) for n in (ROWS, 700))
         keep = partial(TRITON.keep_rows, cache, cache, _x(ROWS, size), _ids(600), target, target)
         yield f"{name} keep", partial(keep, slice(0, 600))
@@ -112,6 +102,15 @@ def cases() -> Iterator[tuple[str, Callable]]:
     q, v = _x(ROWS, 4, 192), _x(ROWS, 4, 64)
     packing = Packing([ROWS], "meta")
     yield "predictor", partial(TRITON.attention, q, q, v, packing, causal=False)
+    q, k = (_x(ROWS, n, 128).float() for n in (16, 2))
+    yield "fp32 prefill", partial(TRITON.attention, q, k, k, packing, causal=True)
+    layer = k.transpose(0, 1)[None]
+    yield "fp32 decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
+    qkv = _x(ROWS, 20, 128).float()
+    yield (
+        "fp32 append",
+        partial(TRITON.rotate_append, qkv, None, _rope(128), k, k, slice(0, ROWS)),
+    )
 
 
 def _x(*shape: int) -> torch.Tensor:

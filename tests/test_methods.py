@@ -1,12 +1,14 @@
 """Pruning methods: what they keep, and that the engine does with it what it should."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanoglimpse import Prompt, UsageError, load
 from nanoglimpse.batch import Batch
 from nanoglimpse.cache import Cache
-from nanoglimpse.kernels.ops import Packing
+from nanoglimpse.kernels.ops import TORCH, Packing
 from nanoglimpse.methods import METHODS, Choice, Method
 from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.divprune import diverse
@@ -18,7 +20,7 @@ from nanoglimpse.methods.visionzip import merge
 from nanoglimpse.methods.vispruner import thin_out
 from nanoglimpse.methods.vscan import average, of_windows
 from nanoglimpse.rope import mrope
-from nanoglimpse.vision import Watch
+from nanoglimpse.vision import Watch, layout
 
 from . import reference
 from .tiny import chat_ids, patches_of
@@ -340,6 +342,28 @@ def test_the_watch_sees_blocks_as_the_encoder_runs_them(engine):
             first += count
 
 
+def test_the_watch_reads_what_the_block_attends_with(tiny_folder):
+    """Whole matrices of the q and k that each block hands to attention."""
+    calls = []
+
+    def spy(q, k, v, packing, *, causal):
+        calls.append((q, k))
+        return TORCH.attention(q, k, v, packing, causal=causal)
+
+    engine = load(tiny_folder, device="cpu", dtype="float32", backend=replace(TORCH, attention=spy))
+    grid, watch = (1, 12, 18), Watch((1, 4))
+    with torch.inference_mode():
+        engine.vision(patches_of([grid], 3), [grid], (), watch)
+    plan = layout((grid,), engine.config.vision_config, engine.device)
+    for block in (1, 4):
+        q, k = calls[block]
+        weights = (torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+        received = weights.sum(1).mean(0).view(-1, 4).mean(1)[plan.inverse]
+        torch.testing.assert_close(watch.received[block], received)
+        keys = k.mean(1).view(-1, 4, k.shape[-1]).mean(1)[plan.inverse]
+        torch.testing.assert_close(watch.keys[block], keys)
+
+
 def test_nearest_in_tiles(monkeypatch):
     monkeypatch.setattr("nanoglimpse.methods.similarity.TILE", 3)
     x, y = torch.randn(8, 5), torch.randn(6, 5)
@@ -417,6 +441,12 @@ def test_prumerge_counts_outliers(name, expected):
     assert sorted(chosen.tolist()) == expected
     assert METHODS[name].standing_out(attention, 0.1).tolist() == [3]
     assert len(METHODS[name].standing_out(torch.full((5,), 0.2), 0.2)) == 1
+
+
+def test_prumerge_outliers_lie_beyond_the_whiskers():
+    """Quartiles 2 and 4: 6.5 is high, but only 8 is beyond 4 + 1.5 · 2."""
+    attention = torch.tensor([1.0, 2, 2, 3, 3, 4, 4, 6.5, 8])
+    assert METHODS["prumerge"].standing_out(attention, None).tolist() == [8]
 
 
 def test_prumerge_gains_by_attention():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanoglimpse import UsageError
-from nanoglimpse.kernels.ops import BACKENDS, CPU, TORCH, Packing, Rope, select
+from nanoglimpse.kernels.ops import BACKENDS, CPU, TORCH, Packing, Queries, Reading, Rope, select
 from nanoglimpse.layers import Linear
 
 
@@ -60,6 +60,59 @@ def test_attention_sees_exactly_its_keys():
                 expected[start : start + i + 1] = (1 + head // 2) / (i + 1)
                 torch.testing.assert_close(out[start + i, head], expected)
         start += length
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_some_rows(causal):
+    q, k, v = torch.randn(11, 6, 8), *torch.randn(2, 11, 2, 8)
+    rows = torch.tensor([1, 4, 5, 9])
+    queries = Queries(Packing([2, 2]), torch.tensor([1, 4, 0, 4]))
+    some = TORCH.attention(q[rows], k, v, Packing([5, 6]), causal=causal, queries=queries)
+    every = attention_by_rows(q, k, v, (5, 6), causal)
+    torch.testing.assert_close(some, every[rows])
+
+
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_are_read_while_attending(causal, some):
+    q, k, v = torch.randn(11, 6, 8), *torch.randn(2, 11, 2, 8)
+    rows, queries = torch.tensor([3, 10]), None
+    if some:
+        q, rows = q[[1, 3, 10]], torch.tensor([1, 2])
+        queries = Queries(Packing([2, 1]), torch.tensor([1, 3, 5]))
+    reading = Reading(rows, torch.tensor([1, 5]), torch.tensor([5, 7]))
+    options = {"causal": causal, "queries": queries}
+    out, logits = TORCH.attention_reading(q, k, v, Packing([5, 6]), reading, **options)
+    assert torch.equal(out, TORCH.attention(q, k, v, Packing([5, 6]), **options))
+    expected = torch.zeros(11, 6)
+    # Row 3 does not see key 4 if attention is causal; row 10 sees all of its sequence.
+    for row, first, stop in ((0, 1, 4 if causal else 5), (1, 5, 7)):
+        expected[first:stop] = TORCH.row_logits(q[rows[row]], k[first:stop])
+    torch.testing.assert_close(logits, expected)
+
+
+def test_received_attention():
+    q, k, lengths = torch.randn(1300, 4, 8), torch.randn(1300, 2, 8), (1, 1290, 9)
+    ours, start = TORCH.received_attention(q, k, Packing(lengths)), 0
+    for length in lengths:
+        part = slice(start, start + length)
+        for head in range(4):
+            scores = q[part, head] @ k[part, head // 2].T / math.sqrt(8)
+            torch.testing.assert_close(ours[part, head], scores.softmax(-1).sum(0))
+        start += length
+
+
+@pytest.mark.parametrize("rows", [slice(2, 7), torch.tensor([8, 0, 3, 5, 1])])
+def test_rotate_append_writes_rows(rows):
+    qkv, bias, rope = torch.randn(5, 10, 4), torch.randn(40), Rope.of(torch.randn(5, 2))
+    k_rows, v_rows = torch.full((2, 9, 2, 4), torch.nan)
+    q = TORCH.rotate_append(qkv, bias, rope, k_rows, v_rows, rows)
+    biased = qkv + bias.view(10, 4)
+    assert torch.equal(q, TORCH.rotate(biased[:, :6], rope))
+    assert torch.equal(k_rows[rows], TORCH.rotate(biased[:, 6:8], rope))
+    assert torch.equal(v_rows[rows], biased[:, 8:])
+    assert int(k_rows.isfinite().sum()) == int(v_rows.isfinite().sum()) == 5 * 8
+    assert torch.equal(TORCH.rotate_append(biased, None, rope, k_rows, v_rows, rows), q)
 
 
 def test_equal_neighbours_are_one_batch():
@@ -248,7 +301,7 @@ def test_packing_is_optional(monkeypatch):
     assert layer(torch.ones(1, 3)).tolist() == [[7, 7]]
 
 
-def test_received_attention(monkeypatch):
+def test_received_attention_in_tiles(monkeypatch):
     """Column sums of the whole matrix, sequence by sequence; tiles of any size agree."""
     monkeypatch.setattr("nanoglimpse.kernels.received.CHUNK", 2)
     q, k = torch.randn(9, 6, 5), torch.randn(9, 3, 5)
