@@ -89,25 +89,25 @@ def _squares(*sides: int) -> tuple[tuple[int, int], ...]:
 
 CURRICULUM = (
     Stage(
-        share=0.05,
+        share=0.1,
         pictures=32,
         questions=0,
         dense=(1.0, 1.0),
         draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
     ),
     Stage(
-        share=0.08,
+        share=0.25,
         pictures=32,
         questions=0,
         dense=(1.0, 1.0),
         draws=(
             Draw("scene", _squares(112), (1, 1), (44, 106)),
-            Draw("document", ((168, 112), (224, 112)), (3, 4)),
-            Draw("chart", ((168, 168), (224, 168)), (3, 4)),
+            Draw("document", ((168, 140), (224, 168)), (2, 4)),
+            Draw("chart", ((168, 168), (224, 168)), (2, 4)),
         ),
     ),
     Stage(
-        share=0.17,
+        share=0.19,
         pictures=8,
         questions=8,
         dense=(1.0, 0.7),
@@ -118,7 +118,7 @@ CURRICULUM = (
         ),
     ),
     Stage(
-        share=0.3,
+        share=0.27,
         pictures=8,
         questions=8,
         dense=(0.7, 0.4),
@@ -129,7 +129,7 @@ CURRICULUM = (
         ),
     ),
     Stage(
-        share=0.4,
+        share=0.19,
         pictures=8,
         questions=8,
         dense=(0.4, 0.2),
@@ -137,9 +137,9 @@ CURRICULUM = (
             Draw("scene", (*_squares(224, 336, 448), (448, 336), (336, 448), (308, 420)), weight=2),
             Draw("document", (*_squares(280, 336, 448), (336, 448), (392, 308))),
             Draw("chart", (*_squares(280, 336, 448), (448, 336), (364, 308))),
-            Draw("scene", (*_squares(560, 672), (672, 504)), weight=0.2),
-            Draw("document", (*_squares(560, 672), (504, 672)), weight=0.2),
-            Draw("chart", (*_squares(560, 672), (672, 504)), weight=0.2),
+            Draw("scene", (*_squares(560, 672), (672, 504)), weight=0.1),
+            Draw("document", (*_squares(560, 672), (504, 672)), weight=0.1),
+            Draw("chart", (*_squares(560, 672), (672, 504)), weight=0.1),
         ),
     ),
 )

@@ -22,7 +22,7 @@ from .canvas import (
 )
 from .model import COLOURS, Item, Plan, Question, some
 
-SMALLEST, LARGEST, NARROW, WIDE, LETTERS = 11, 18, 30, 72, 6
+SMALLEST, LARGEST, NARROW, WIDE, LETTERS = 16, 28, 44, 96, 6
 MARGIN = 0.08  # of the axis: by how much the highest and the lowest differ from the next
 TITLES = ("Sales", "Stock", "Orders", "Visits", "Votes", "Weekly", "Monthly", "Survey", "Report")
 GROUPS = ("north", "south", "east", "west", "old", "new")
@@ -84,7 +84,7 @@ def _data(rng: random.Random, plan: Plan) -> tuple[list[str], list[int]]:
     least, most = plan.things or (3, 8)
     fit = max(1, room // NARROW)
     count = rng.randint(min(least, fit), min(most, fit))
-    case = rng.choice(CASES if room / count > 52 else CASES[:1])
+    case = rng.choice(CASES if room / count > 72 else CASES[:1])
     names = [
         case(name)
         for name in plan.names
@@ -108,7 +108,7 @@ def _frame(
 ) -> _Frame:
     """A random layout with room for the title, the labels and the values."""
     width, height = plan.canvas
-    font = rng.randint(SMALLEST, LARGEST)
+    font = rng.randint(SMALLEST, max(SMALLEST, min(LARGEST, height // 9)))
     left = rng.randint(10, 10 + width // 20)
     column = (width - left - 8) / len(labels)
     while font > 9 and max(width_of(label, font) for label in labels) > column - 4:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from .canvas import Colour, Pixels, background, hull, normal, shade, width_of, write
 from .model import Item, Plan, Question, some
 
-SMALLEST, LARGEST, TIGHT, LOOSE = 13, 24, 1.3, 2.1
+SMALLEST, LARGEST, TIGHT, LOOSE = 18, 36, 1.3, 2.1
 HEADER = 1.6  # rows that the header takes
 HEADERS = ("RECEIPT", "Invoice", "Order", "MARKET", "Shop", "Stock", "DELIVERY", "List", "STORE")
 NOTES = ("Thank you", "copy", "page one", "please keep", "no return", "paid in cash", "see below")
@@ -101,7 +101,7 @@ def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
     width, height = sheet[2] - sheet[0], sheet[3] - sheet[1]
     bold, lines = rng.random() < 0.35, len(rows) + HEADER
     font = rng.randint(SMALLEST, max(SMALLEST, min(LARGEST, int(height / lines / TIGHT))))
-    while (needed := _needed(rows, font, bold)) > width and font > 8:
+    while (needed := _needed(rows, font, bold)) > width and font > 10:
         font -= 1
     pitch = min(rng.uniform(TIGHT, LOOSE) * font, height / lines)
     block = rng.randint(min(needed, width), max(min(width, needed * 2), needed))
@@ -136,7 +136,7 @@ def _extras(
     write(image, (middle, top), rng.choice(HEADERS), size, style.ink, bold=True, align=0.5)
     low = style.top + (rows + 1) * style.pitch
     if low < sheet[3] and rng.random() < 0.6:
-        note = max(style.font - 3, 9)
+        note = max(style.font - 5, 11)
         write(image, (middle, low), rng.choice(NOTES), note, (120, 120, 122), align=0.5)
 
 
