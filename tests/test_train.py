@@ -272,11 +272,11 @@ def test_a_killed_run_resumes_to_the_same_bits(folder, engine, tmp_path, kind):
     assert steps == [1, 2, 3, 4, 5, 5]
 
 
-def small_base(folder: Path, pictures: int = 2) -> BaseTask:
+def small_base(folder: Path) -> BaseTask:
     draws = (Draw("scene", ((112, 112),), (1, 2)), Draw("document", ((168, 112),), (3, 3)))
     stages = (
-        Stage(0.5, pictures, 0, (1.0, 1.0), draws),
-        Stage(0.5, pictures, 2, (1.0, 0.5), draws),
+        Stage(0.5, 48, 0, (1.0, 1.0), draws),
+        Stage(0.5, 70, 2, (1.0, 0.5), draws),
     )
     task = BaseTask(folder, stages, 5, 0, torch.device("cpu"), torch.float32)
     task.evaluate = lambda: {"exact": 0.0}

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         accumulate=1,
     )
     base.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
-    base.add_argument("--scale", type=int, default=1, help="times the pictures of a micro-batch")
+    base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
     glimpse.set_defaults(run=_glimpse)
     _common(glimpse, steps=0)
@@ -157,7 +157,7 @@ def _base(args: argparse.Namespace) -> int:
         shape = read_json(args.shape) if args.shape else NANO
         write_folder(args.folder, shape, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
-    stages = [replace(stage, pictures=args.scale * stage.pictures) for stage in CURRICULUM]
+    stages = [replace(stage, work=args.scale * stage.work) for stage in CURRICULUM]
     task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
     return _run(task, args)
 

@@ -22,6 +22,7 @@ from ..processor import Processor, preprocess_image
 from ..rope import mrope
 from ..vision import VisionEncoder
 from ..world import BRIEF_SUFFIX, SPLITS, Picture, Question, render
+from ..world.picture import CELL
 from . import dense
 from .branches import OPS, run_layer
 from .examples import IGNORED, Asked, Batch, Example, collate
@@ -51,6 +52,8 @@ ASKED_OFTEN = {
     "bar": 3.0,
 }
 BRIEF_SHARE = 0.3
+# Its forty rows pass the decoder; a visual token passes the vision encoder as four patches, too.
+QUESTION_WORK = 8
 
 
 @dataclass(frozen=True)
@@ -70,34 +73,48 @@ class Stage:
 
     Attributes:
         share: of the steps.
-        pictures: of a micro-batch.
+        work: of a micro-batch, in visual tokens; a question counts as QUESTION_WORK of them.
         questions: of a picture; 0 trains the vision encoder alone.
         dense: weight of the dense loss, at the stage's beginning and end.
         draws: what is drawn.
     """
 
     share: float
-    pictures: int
+    work: int
     questions: int
     dense: tuple[float, float]
     draws: tuple[Draw, ...]
+
+    def pictures(self, canvas: tuple[int, int]) -> int:
+        """How many of this canvas a micro-batch takes: processes wait for the slowest."""
+        tokens = (canvas[0] // CELL) * (canvas[1] // CELL)
+        return max(1, self.work // (tokens + QUESTION_WORK * self.questions))
 
 
 def _squares(*sides: int) -> tuple[tuple[int, int], ...]:
     return tuple((side, side) for side in sides)
 
 
+_LARGE = (
+    *_squares(448, 560, 672),
+    (448, 336),
+    (336, 448),
+    (308, 420),
+    (560, 420),
+    (448, 672),
+    (672, 504),
+)
 CURRICULUM = (
     Stage(
         share=0.1,
-        pictures=32,
+        work=512,
         questions=0,
         dense=(1.0, 1.0),
         draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
     ),
     Stage(
         share=0.25,
-        pictures=32,
+        work=1024,
         questions=0,
         dense=(1.0, 1.0),
         draws=(
@@ -108,7 +125,7 @@ CURRICULUM = (
     ),
     Stage(
         share=0.19,
-        pictures=8,
+        work=1100,
         questions=8,
         dense=(1.0, 0.7),
         draws=(
@@ -119,7 +136,7 @@ CURRICULUM = (
     ),
     Stage(
         share=0.27,
-        pictures=8,
+        work=1600,
         questions=8,
         dense=(0.7, 0.4),
         draws=(
@@ -130,16 +147,13 @@ CURRICULUM = (
     ),
     Stage(
         share=0.19,
-        pictures=8,
+        work=1700,
         questions=8,
         dense=(0.4, 0.2),
         draws=(
-            Draw("scene", (*_squares(224, 336, 448), (448, 336), (336, 448), (308, 420)), weight=2),
-            Draw("document", (*_squares(280, 336, 448), (336, 448), (392, 308))),
-            Draw("chart", (*_squares(280, 336, 448), (448, 336), (364, 308))),
-            Draw("scene", (*_squares(560, 672), (672, 504)), weight=0.1),
-            Draw("document", (*_squares(560, 672), (504, 672)), weight=0.1),
-            Draw("chart", (*_squares(560, 672), (672, 504)), weight=0.1),
+            Draw("scene", (*_squares(224, 280, 336), *_LARGE), weight=1.5),
+            Draw("document", (*_squares(280, 336, 392), *_LARGE)),
+            Draw("chart", (*_squares(280, 336, 392), *_LARGE)),
         ),
     ),
 )
@@ -249,7 +263,7 @@ class BaseTask:
                 size=draw.size,
                 per_kind=4,
             )
-            for i in range(stage.pictures)
+            for i in range(stage.pictures(canvas))
         ]
         return self._batch(pictures, stage.questions, _between(stage.dense, done), rng)
 
