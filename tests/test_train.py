@@ -497,6 +497,26 @@ def test_the_curriculum_can_be_drawn(folder):
                 assert picture.questions
 
 
+def test_micro_batches_take_about_the_same_work():
+    stage = CURRICULUM[-1]
+    for draw in stage.draws:
+        for width, height in draw.canvases:
+            each = width * height // 28**2 + 8 * stage.questions
+            assert stage.work - each < stage.pictures((width, height)) * each <= stage.work
+
+
+def test_a_base_run_of_some_domains(tmp_path):
+    """Only these are drawn, from the first stage that has them, and reported."""
+    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
+    options = ["base", str(tmp_path), "--shape", str(tmp_path / "shape.json"), "--steps", "1"]
+    assert main([*options, "--domains", "chart", "--dtype", "float32", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    first = CURRICULUM[1]
+    charts = [draw for draw in first.draws if draw.domain == "chart"]
+    assert lines[0]["samples"] in {first.pictures(canvas) for canvas in charts[0].canvases}
+    assert set(lines[-1]["heldout"]) == {"chart", "chart brief"}
+
+
 def test_questions_are_put_free_form_and_brief():
     question = render(0, 0, domain="scene").questions[0]
     free, brief = asked(question, False), asked(question, True)

@@ -12,6 +12,7 @@ import torch
 from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import load
 from ..errors import NanoglimpseError, UsageError
+from ..world import DOMAINS
 from .base import CURRICULUM, BaseTask, write_folder
 from .branches import OPS
 from .data import File, World, domains_of
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         accumulate=1,
     )
     base.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
+    base.add_argument(
+        "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
+    )
     base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
     glimpse.set_defaults(run=_glimpse)
@@ -157,7 +161,15 @@ def _base(args: argparse.Namespace) -> int:
         shape = read_json(args.shape) if args.shape else NANO
         write_folder(args.folder, shape, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
-    stages = [replace(stage, work=args.scale * stage.work) for stage in CURRICULUM]
+    stages = [
+        replace(
+            stage,
+            work=args.scale * stage.work,
+            draws=tuple(draw for draw in stage.draws if draw.domain in args.domains),
+        )
+        for stage in CURRICULUM
+    ]
+    stages = [stage for stage in stages if stage.draws]
     task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
     return _run(task, args)
 

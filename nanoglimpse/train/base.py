@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ class Stage:
     """A part of the run.
 
     Attributes:
-        share: of the steps.
+        share: of the steps, relative to the others.
         work: of a micro-batch, in visual tokens; a question counts as QUESTION_WORK of them.
         questions: of a picture; 0 trains the vision encoder alone.
         dense: weight of the dense loss, at the stage's beginning and end.
@@ -113,7 +114,7 @@ CURRICULUM = (
         draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
     ),
     Stage(
-        share=0.25,
+        share=0.15,
         work=1024,
         questions=0,
         dense=(1.0, 1.0),
@@ -135,7 +136,7 @@ CURRICULUM = (
         ),
     ),
     Stage(
-        share=0.27,
+        share=0.33,
         work=1600,
         questions=8,
         dense=(0.7, 0.4),
@@ -146,7 +147,7 @@ CURRICULUM = (
         ),
     ),
     Stage(
-        share=0.19,
+        share=0.23,
         work=1700,
         questions=8,
         dense=(0.4, 0.2),
@@ -228,7 +229,8 @@ class BaseTask:
         self.config: Config = read_config(folder / "config.json")
         self.processor = Processor(folder, self.config)
         self.stages, self.seed = stages, seed
-        self.ends = [micros * sum(s.share for s in stages[: i + 1]) for i in range(len(stages))]
+        shares = list(accumulate(stage.share for stage in stages))
+        self.ends = [micros * share / shares[-1] for share in shares]
         self.device, self.dtype = device, dtype
         text, vision = self.config.text_config, self.config.vision_config
         self.module = nn.ModuleDict(
@@ -312,7 +314,7 @@ class BaseTask:
         self.module.eval()
         figures = {}
         seed = SPLITS["heldout"].start
-        for domain in ("scene", "document", "chart"):
+        for domain in sorted({draw.domain for stage in self.stages for draw in stage.draws}):
             for brief in (False, True):
                 right = []
                 for side in (280, 336, 448):
