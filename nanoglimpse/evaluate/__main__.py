@@ -315,9 +315,7 @@ def _parser() -> Parser:
     add("--ratios", nargs="+", default=["none"], metavar="RATIO", help="caps; none for no cap")
     add("--kv-drop", choices=KV_DROPS, default="all", help="from which caches (default: all)")
     add("--brief", choices=("no", "yes", "both"), default="no", help="ask for one word (no)")
-    add(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help=f"({MAX_NEW_TOKENS}; paper 1024)"
-    )
+    add("--max-new-tokens", type=int, default=MAX_NEW_TOKENS, help="(64; paper 1024)")
     add("--min-pixels", type=int, help="enlarge smaller pictures (default: model's)")
     add("--max-pixels", type=int, help="shrink larger pictures (default: model's)")
     add("--batch", type=int, default=8, help="questions at a time (8; 1 to measure times)")

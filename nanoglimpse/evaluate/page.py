@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .figures import AVERAGE, COSTS, KEPT, MEASURES, SCORES, TIMES, Figure, Measure, Run
 from .store import Results
-from .tables import number, show
+from .tables import show
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FAMILIES = {"score": SCORES, "kept": KEPT, "cost of a question": COSTS, "time": TIMES}
@@ -55,13 +55,20 @@ def page(runs: Sequence[Run], files: Sequence[Results], score: str, notes: Seque
 
 def _head(measures: dict[str, list[Measure]]) -> str:
     families = "".join(
-        f'<th colspan="{len(own)}">{escape(family)}</th>' for family, own in measures.items()
+        f'<th class="first" colspan="{len(own)}">{escape(family)}</th>'
+        for family, own in measures.items()
     )
-    titles = "".join(f"<th>{escape(m.title)}</th>" for own in measures.values() for m in own)
+    titles = "".join(
+        f"<th{_first(m, own)}>{escape(m.title)}</th>" for own in measures.values() for m in own
+    )
     return (
         f'<tr class="head"><th></th><th colspan="2"></th>{families}</tr>\n'
         f'<tr class="titles"><th>method</th><th>prompt</th><th>n</th>{titles}</tr>'
     )
+
+
+def _first(measure: Measure, family: list[Measure]) -> str:
+    return ' class="first"' if measure is family[0] else ""
 
 
 def _body(runs: Sequence[Run], group: str, measures: dict[str, list[Measure]]) -> str:
@@ -70,7 +77,11 @@ def _body(runs: Sequence[Run], group: str, measures: dict[str, list[Measure]]) -
         if group not in run.figures:
             continue
         count = sum(row["group"] == group for row in run.rows) or len(run.rows)
-        cells = [_cell(run.get(m.key, group), m) for own in measures.values() for m in own]
+        cells = [
+            _cell(run.get(m.key, group), m, _first(m, own))
+            for own in measures.values()
+            for m in own
+        ]
         lines.append(
             f"<tr><td>{escape(run.label)}</td><td>{'brief' if run.brief else 'free'}</td>"
             f'<td data-v="{count}">{count}</td>{"".join(cells)}</tr>'
@@ -79,11 +90,12 @@ def _body(runs: Sequence[Run], group: str, measures: dict[str, list[Measure]]) -
     return f'<tbody data-group="{escape(group)}"{hidden}>' + "\n".join(lines) + "</tbody>"
 
 
-def _cell(figure: Figure | None, measure: Measure) -> str:
+def _cell(figure: Figure | None, measure: Measure, first: str) -> str:
     if figure is None or math.isnan(figure.value):
-        return '<td data-v="NaN"></td>'
-    ends = " to ".join(number(end, measure.unit) for end in (figure.low, figure.high))
-    return f'<td data-v="{figure.value:.6g}" title="{escape(ends)}">{show(figure, measure)}</td>'
+        return f'<td{first} data-v="NaN"></td>'
+    title = escape(show(figure, measure, interval=True))
+    value = f'data-v="{figure.value:.6g}" title="{title}"'
+    return f"<td{first} {value}>{show(figure, measure)}</td>"
 
 
 def _charts(runs: Sequence[Run], score: str, groups: Sequence[str]) -> str:
@@ -100,7 +112,7 @@ def _charts(runs: Sequence[Run], score: str, groups: Sequence[str]) -> str:
                 title = f"{group}, {'brief' if brief else 'free-form'} prompts"
                 charts.append(chart(own, score, group, title, colours))
     items = [f'<li><i style="background:{c}"></i>{escape(m)}</li>' for m, c in colours.items()]
-    return "\n".join([*charts, f'<ul class="legend">{"".join(items)}</ul>'])
+    return "\n".join([f'<ul class="legend">{"".join(items)}</ul>', *charts])
 
 
 def _series(run: Run) -> str:
@@ -175,8 +187,8 @@ def _gallery(runs: Sequence[Run], files: Sequence[Results], score: str) -> str:
         "</p>",
         '<svg width="0" height="0" style="position:absolute"><defs>',
         *(
-            f'<symbol id="{numbers[name]}" viewBox="0 0 1 1" preserveAspectRatio="none">'
-            f'<image href="{escape(uri)}" width="1" height="1" preserveAspectRatio="none"/></symbol>'
+            f'<symbol id="{numbers[name]}" viewBox="0 0 1 1" preserveAspectRatio="none"><image '
+            f'href="{escape(uri)}" width="1" height="1" preserveAspectRatio="none"/></symbol>'
             for name, uri in pictures.items()
         ),
         "</defs></svg>",

@@ -30,28 +30,28 @@ SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def show(figure: Figure | None, measure: Measure, interval: bool = False) -> str:
-    """A figure for a reader, nothing where there is none."""
+    """A figure for a reader, nothing where there is none; its interval in the same unit."""
     if figure is None or math.isnan(figure.value):
         return ""
-    text = number(figure.value, measure.unit)
+    scale, unit, form = _unit(figure.value, measure.unit)
+    text = f"{figure.value / scale:{form}}{unit}"
     if not interval:
         return text
-    low, high = (number(end, measure.unit) for end in (figure.low, figure.high))
-    return f"{text} [{low}, {high}]"
+    return f"{text} [{figure.low / scale:{form}}, {figure.high / scale:{form}}]"
 
 
-def number(value: float, unit: str) -> str:
-    """A value with its unit: scores with three digits, shares in per cent, large numbers scaled."""
+def _unit(value: float, unit: str) -> tuple[float, str, str]:
+    """What a value is divided by, the unit that it then has, and how it is written."""
     if unit == "%":
-        return f"{100 * value:.1f}%"
+        return 0.01, "%", ".1f"
     if unit in ("FLOP", "B"):
         for scale, letter in SCALES:
             if value >= scale:
-                return f"{value / scale:.3g} {letter}{unit}"
-        return f"{value:.3g} {unit}"
+                return scale, f" {letter}{unit}", ".3g"
+        return 1.0, f" {unit}", ".3g"
     if unit == "ms":
-        return f"{value:.2f} ms"
-    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+        return 1.0, " ms", ".2f"
+    return 1.0, "", ".3f" if abs(value) <= 1 else ".1f"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -97,15 +97,15 @@ def by_form(runs: Sequence[Run], score: str) -> str:
 
 
 def by_group(runs: Sequence[Run], score: str) -> str:
-    """Table 2: groups and their average, a block for every cap, retention above the score."""
+    """Table 2: groups and their average, a block for every cap, what was kept below the score."""
     groups = list(dict.fromkeys(group for run in runs for group in run.groups))
     lines = [["method", *groups, AVERAGE]]
     for title, block in _blocks(runs).items():
         lines.append([f"*{title}*", *[""] * (len(groups) + 1)])
         for run in block:
-            for key in ("retention", score) if run.method != "dense" else (score,):
+            for title, key in ((run.name, score), ("kept", "retention")):
                 cells = [show(run.get(key, g), MEASURES[key]) for g in (*groups, AVERAGE)]
-                lines.append([run.name if key == score else "", *cells])
+                lines.append([title, *cells])
     return markdown(lines)
 
 
@@ -125,11 +125,16 @@ def _blocks(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def by_category(runs: Sequence[Run], score: str) -> str:
-    """Table 5: a line for every run, as of ablations in files of their own, by category."""
+    """Table 5: a line for every run, as of ablations in files of their own, by category.
+
+    Empty where every group is a category of its own.
+    """
     groups = list(dict.fromkeys(group for run in runs for group in run.groups))
     categories: dict[str, list[str]] = {}
     for group in groups:
         categories.setdefault(CATEGORIES.get(group.lower(), group), []).append(group)
+    if list(categories) == groups:
+        return ""
     lines = [["run", *categories, AVERAGE]]
     for run in runs:
         means = []
@@ -143,6 +148,8 @@ def by_category(runs: Sequence[Run], score: str) -> str:
 
 def by_layer(runs: Sequence[Run], score: str) -> str:
     """Table 6: performance and FLOPs of the prefill by the layer after which tokens leave."""
+    if all(run.stop is None for run in runs):
+        return ""
     keys = ("flops_prefill", "paper_prefill")
     lines = [["pruned after", "run", "score", "prefill", "prefill (paper)"]]
     for run in sorted(runs, key=lambda run: (run.stop is not None, run.stop or 0)):
@@ -203,10 +210,12 @@ def as_csv(runs: Sequence[Run]) -> str:
     """A line for every arm, group and measure."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow("run method ratio brief group measure unit n value low high".split())
+    head = ["run", "method", "ratio", "brief", "group", "measure", "unit", "n"]
+    writer.writerow([*head, "value", "low", "high"])
     for run in runs:
         for group, figures in run.figures.items():
             for key, f in figures.items():
-                head = [run.label, run.method, run.ratio, run.brief, group, key]
-                writer.writerow([*head, MEASURES[key].unit, f.count, f.value, f.low, f.high])
+                arm = [run.label, run.method, run.ratio, run.brief]
+                unit = MEASURES[key].unit
+                writer.writerow([*arm, group, key, unit, f.count, f.value, f.low, f.high])
     return out.getvalue()
