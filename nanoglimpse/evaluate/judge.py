@@ -87,6 +87,7 @@ class Judge:
             try:
                 return self._post(row)
             except HTTPError as error:
+                error.close()
                 reason = f"{error.code} {error.reason}"
                 if error.code not in AGAIN:
                     raise NanoglimpseError(f"the judge at {self.url} refuses: {reason}") from None
@@ -160,7 +161,7 @@ def grade(
 
 
 def _as_asked(pool: ThreadPoolExecutor, judge: Judge, rows: list[dict]) -> Iterator[dict]:
-    """Verdicts in order; after a failure nothing more is asked."""
+    """Verdicts in order; after a failure what has not begun is not asked."""
     futures = [pool.submit(judge.verdict, row) for row in rows]
     try:
         for future in futures:
