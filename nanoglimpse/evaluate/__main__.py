@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if shards.rank == 0 or not isinstance(error, UsageError):
             print(f"nanoglimpse: error: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not _is_about_memory(error):
+            raise
         print(
             "nanoglimpse: error: not enough memory for a batch; use a smaller --batch or "
             "--max-pixels and repeat the command: it goes on",
@@ -62,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         shards.close()
+
+
+def _is_about_memory(error: Exception) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def evaluate(arguments: Sequence[str], shards: Shards) -> int:
@@ -111,7 +118,8 @@ def _resume(
             state = error
     state = shards.share(state)
     if isinstance(state, NanoglimpseError):
-        raise UsageError(str(state)) if isinstance(state, UsageError) else state
+        # Process 0 says what is wrong; the others only end.
+        raise state if shards.rank == 0 else SystemExit(state.exit_code)
     return results, state
 
 

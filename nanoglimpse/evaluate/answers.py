@@ -44,8 +44,8 @@ def answer(
         gallery: the first so many questions of a group carry kept cells and importance.
         prompt_options: of `Processor.prompt`.
     """
-    items = [item.opened() for item in items]
     begun = time.perf_counter()
+    items = [item.opened() for item in items]
     prompts = [
         engine.prompt(item.picture, item.asked.question, **prompt_options or {}) for item in items
     ]
@@ -54,7 +54,8 @@ def answer(
         token_mask(item.asked.boxes, prompt.grids[0], engine.config)
         for item, prompt in zip(items, prompts, strict=True)
     ]
-    if engine.device.type == "cuda":
+    on_gpu = engine.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(engine.device)
     prefill = engine.prefill_many(
         prompts,
@@ -64,30 +65,18 @@ def answer(
         **arm.options,
     )
     tokens, decode = _decode(engine, prefill, max_new_tokens)
-    ms = {"preprocess": preprocess} | _stages(prefill.timings)
-    ms = {stage: spent / len(items) for stage, spent in ms.items()} | {"decode": decode}
-    peak = peak_bytes(engine.device) if engine.device.type == "cuda" else None
-    kept = prefill.kept.cpu().split(prefill.batch.visual_counts)
+    stages = {"preprocess": preprocess} | _stages(prefill.timings)
+    batch = {
+        "ms": {name: spent / len(items) for name, spent in stages.items()} | {"decode": decode},
+        "batch": len(items),
+        "peak_bytes": peak_bytes(engine.device) if on_gpu else None,
+    }
     results = []
-    for i, (item, prompt, own) in enumerate(zip(items, prompts, kept, strict=True)):
-        reply = engine.processor.decode(tokens[i])
-        recall, iou = overlap(own, masks[i])
-        results.append(
-            _asked(item, arm)
-            | _scored(item, reply)
-            | {
-                "tokens": len(tokens[i]),
-                "visual": len(own),
-                "kept": int(own.sum()),
-                "recall": recall,
-                "iou": iou,
-                **_spent(engine, arm, prefill, i, prompt, len(tokens[i])),
-                "ms": ms,
-                "batch": len(items),
-                "peak_bytes": peak,
-            }
-            | (_seen(engine, prefill, i, item, own) if item.number < gallery else {})
-        )
+    for i, item in enumerate(items):
+        result = _asked(item, arm) | _scored(item, engine.processor.decode(tokens[i]))
+        result |= _kept(prefill, i, masks[i])
+        result |= _spent(engine, arm, prefill, i, prompts[i], len(tokens[i])) | batch
+        results.append(result | (_seen(engine, prefill, i, item) if item.number < gallery else {}))
     return results
 
 
@@ -116,6 +105,17 @@ def _scored(item: Item, reply: str) -> dict:
         "anls": anls(reply, wanted),
         "f1": token_f1(reply, wanted),
     }
+
+
+def _kept(prefill: Prefill, i: int, mask: Tensor) -> dict:
+    kept = _own(prefill, prefill.kept, i)
+    recall, iou = overlap(kept, mask)
+    return {"visual": len(kept), "kept": int(kept.sum()), "recall": recall, "iou": iou}
+
+
+def _own(prefill: Prefill, values: Tensor, i: int) -> Tensor:
+    """What belongs to one prompt, of values of all visual tokens."""
+    return values.split(prefill.batch.visual_counts)[i].cpu()
 
 
 def _decode(engine: Engine, prefill: Prefill, limit: int) -> tuple[list[list[int]], float | None]:
@@ -158,6 +158,7 @@ def _spent(engine: Engine, arm: Arm, prefill: Prefill, i: int, prompt: Prompt, t
     row_bytes = 2 * config.num_key_value_heads * config.head_dim * engine.dtype.itemsize
     return {
         "prompt": rows.total,
+        "tokens": tokens,
         "stop": next(iter(rows.stops), None),
         "input": budgets.input_ratio,
         "prefill": budgets.prefill_ratio,
@@ -168,18 +169,18 @@ def _spent(engine: Engine, arm: Arm, prefill: Prefill, i: int, prompt: Prompt, t
     }
 
 
-def _seen(engine: Engine, prefill: Prefill, i: int, item: Item, kept: Tensor) -> dict:
+def _seen(engine: Engine, prefill: Prefill, i: int, item: Item) -> dict:
     """What the gallery shows: grid, kept cells as bits, importance as bytes, both in hex."""
     merge, importance = engine.config.vision_config.spatial_merge_size, prefill.importance
     shown = None
     # A method that looks several times has importance for what was left at the last look alone.
     if importance is not None and len(importance) == len(prefill.kept):
-        own = importance.split(prefill.batch.visual_counts)[i]
+        own = _own(prefill, importance, i)
         shown = bytes((255 * own.float().sigmoid()).round().int().tolist()).hex()
     return {
         "grid": [side // merge for side in prefill.batch.grids[i][0][1:]],
         "boxes": item.asked.boxes,
-        "cells": bits(kept),
+        "cells": bits(_own(prefill, prefill.kept, i)),
         "importance": shown,
     }
 
