@@ -113,10 +113,11 @@ def test_missing_pictures_are_counted_and_named(files, tmp_path, capsys):
     options = ["--methods", "nothing", "--device", "cpu", "--out", str(out)]
     assert main(["--data", str(tmp_path / "viscot.json"), *options]) == 0
     said = capsys.readouterr().err
-    assert f"missing: {len(source.missing)} pictures: {tmp_path / gone}" in said
+    lost = f"1 pictures are missing, {len(source.missing)} questions left out: {tmp_path / gone}"
+    assert lost in said
     assert Results.read(out).missing == source.missing
     assert main(["report", str(out)]) == 0
-    assert f"{len(source.missing)} pictures were missing" in capsys.readouterr().out
+    assert lost in capsys.readouterr().out
 
 
 def test_pictures_in_a_folder_that_the_benchmark_does_not_name(files, tmp_path):

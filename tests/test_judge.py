@@ -10,6 +10,7 @@ from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.evaluate.__main__ import main
 from nanoglimpse.evaluate.judge import KEY, Judge, grade, read_score
 from nanoglimpse.evaluate.store import Results
+from nanoglimpse.generate import EXAMPLES
 from nanoglimpse.world import BRIEF_SUFFIX
 
 
@@ -213,12 +214,29 @@ def test_the_command(endpoint, tmp_path, capsys):
     assert "| dense | 0.500 | 0.500 |" in printed
 
 
+def test_a_run_that_is_graded(endpoint, tmp_path, capsys):
+    server = endpoint(lambda number, body: says("score: 0.75"))
+    out = tmp_path / "results.jsonl"
+    data = ["--data", str(EXAMPLES / "questions.jsonl"), "--count", "2", "--methods", "nothing"]
+    options = ["--judge-url", server.url, "--judge-model", "grader", "--device", "cpu", "--quiet"]
+    assert main([*data, *options, "--out", str(out)]) == 0
+    results = Results.read(out)
+    assert [verdict["score"] for verdict in results.verdicts.values()] == [0.75] * 2
+    asked = server.requests[0][2]["messages"][1]["content"]
+    row = results.rows[0]
+    assert row["asked"] in asked
+    assert row["reply"] in asked
+    assert main([*data, *options, "--out", str(out)]) == 0
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ([], "--judge-url is needed"),
         (["--judge-url", "http://localhost:1/v1"], "needs --judge-model"),
         (["--judge-url", "localhost", "--judge-model", "x"], "is no address"),
+        (["--judge-url", "http://a", "--judge-model", "x", "--judge-workers", "0"], "at least 1"),
     ],
 )
 def test_bad_options_are_one_line(options, message, tmp_path, capsys):

@@ -38,7 +38,7 @@ def result(number, method="glimpse", ratio=None, brief=False, group="gqa", **mor
         "group": group,
         "asked": f"What is <b>{number}</b>?",
         "wanted": "a </script> & more",
-        "reply": "{{charts}}",
+        "reply": "<i>{{charts}}",
         "contains": True,
         "exact": False,
         "anls": 0.5,
@@ -349,7 +349,7 @@ def test_the_pages_gallery(shown):
     said = "".join(parser.text)
     assert "What is <b>0</b>?" in said
     assert "a </script> & more" in said
-    assert said.count("{{charts}}") == 4
+    assert said.count("<i>{{charts}}") == 4
 
 
 def test_the_report_command(tmp_path, capsys):

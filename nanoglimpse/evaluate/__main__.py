@@ -90,7 +90,8 @@ def evaluate(arguments: Sequence[str], shards: Shards) -> int:
     )
     check(engine, arms)
     results, done = _resume(args, engine, source, shards)
-    _say_missing(source, quiet)
+    if source.missing and not quiet:
+        print(_lost(source.missing), file=sys.stderr)
     for number, arm in enumerate(arms):
         show = _Counter(f"{number + 1} of {len(arms)}: {arm.name}", source.total, quiet)
         _run(engine, arm, source, results, done, args, shards, show)
@@ -150,11 +151,13 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _say_missing(source: Source, quiet: bool) -> None:
-    if source.missing and not quiet:
-        named = ", ".join(source.missing[:NAMED])
-        more = f" and {len(source.missing) - NAMED} more" if len(source.missing) > NAMED else ""
-        print(f"missing: {len(source.missing)} pictures: {named}{more}", file=sys.stderr)
+def _lost(missing: Sequence[str]) -> str:
+    names = list(dict.fromkeys(missing))
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return (
+        f"{len(names)} pictures are missing, {len(missing)} questions left out: "
+        f"{', '.join(names[:NAMED])}{more}"
+    )
 
 
 class _Counter:
@@ -230,6 +233,8 @@ def _source(args: argparse.Namespace) -> Source:
 def _judge(args: argparse.Namespace) -> Judge:
     if not args.judge_model:
         raise UsageError("--judge-url needs --judge-model, the name of a model there")
+    if args.judge_workers < 1:
+        raise UsageError(f"--judge-workers {args.judge_workers} must be at least 1")
     return Judge(args.judge_url, args.judge_model, args.judge_temperature)
 
 
@@ -284,12 +289,7 @@ def _notes(path: Path, results: Results) -> list[str]:
     data = ", ".join(f"{name} {what}" for name, what in o.get("data", {}).items())
     notes = [f"{path.name}: {o.get('model')}, {o.get('dtype')}, {data}."]
     if results.missing:
-        named = ", ".join(results.missing[:NAMED])
-        more = ", …" if len(results.missing) > NAMED else ""
-        notes.append(
-            f"{path.name}: {len(results.missing)} pictures were missing and their questions are "
-            f"left out: {named}{more}."
-        )
+        notes.append(f"{path.name}: {_lost(results.missing)}.")
     verdicts = list(results.verdicts.values())
     if verdicts:
         lost = sum(not verdict["understood"] for verdict in verdicts)

@@ -186,14 +186,15 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
-    values, draws, figures = {}, {}, {}
+    values, draws, counts, figures = [], [], [], {}
     for group, own in groups.items():
         sums, weights = _columns(own)
-        values[group], draws[group] = sums.sum(0) / weights.sum(0), resampled(sums, weights)
-        figures[group] = _figures(values[group], draws[group], (weights > 0).sum(0))
-    counted = torch.stack([(_columns(own)[1] > 0).sum(0) for own in groups.values()]).sum(0)
-    mean = torch.stack([*values.values()]).nanmean(0)
-    figures[AVERAGE] = _figures(mean, torch.stack([*draws.values()]).nanmean(0), counted)
+        values.append(sums.sum(0) / weights.sum(0))
+        draws.append(resampled(sums, weights))
+        counts.append((weights > 0).sum(0))
+        figures[group] = _figures(values[-1], draws[-1], counts[-1])
+    mean, drawn = (torch.stack(parts).nanmean(0) for parts in (values, draws))
+    figures[AVERAGE] = _figures(mean, drawn, torch.stack(counts).sum(0))
     return figures
 
 

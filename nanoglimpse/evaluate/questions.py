@@ -66,7 +66,7 @@ class Source(Protocol):
     Attributes:
         groups: data sets or domains, in order.
         total: how many questions there are.
-        missing: pictures that are not there, whose questions are left out.
+        missing: the picture of every question that is left out because it is not there.
         identity: what tells it from other data, for JSON.
     """
 

@@ -27,7 +27,7 @@ class Results:
         rows: the results; see `answers.answer`.
         pictures: data URIs by question.
         verdicts: a judge's, by (arm, question).
-        missing: pictures that were not there.
+        missing: the picture of every question that was left out because it was not there.
     """
 
     def __init__(self, path: Path | None = None, options: dict | None = None):
