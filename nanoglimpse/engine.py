@@ -19,7 +19,7 @@ from .kernels.ops import Ops, Rope, select
 from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
 from .reading import KV_DROPS, Reading
-from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
+from .results import Answer, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
 from .sampling import Sampler, Sampling
 from .vision import VisionEncoder, Watch
@@ -239,6 +239,7 @@ class Engine:
             clock.lap("keep")
         first = reading.layers
         logits, cache = reading.finish(max_new_tokens)
+        processed, cached = reading.budget()
         clock.lap(f"layers ≥ {first}" if first else "layers")
 
         return Prefill(
@@ -252,7 +253,8 @@ class Engine:
             hidden=traced,
             logits=logits,
             cache=cache,
-            budgets=Budgets.of(*reading.budget(), len(visual)),
+            processed=processed,
+            cached=cached,
             batch=batch,
             clock=clock,
         )

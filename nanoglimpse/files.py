@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import NanoglimpseError
@@ -18,5 +19,6 @@ def write_whole(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
         raise NanoglimpseError(f"{path} cannot be written: {error}") from None

@@ -54,7 +54,7 @@ class Reading:
         hidden: [T, C], their state; with a probe behind each prompt [T + B, C] until `keep`.
         kept: bool [N], the visual tokens that are left of those at the beginning.
         layers: how many have run.
-        processed: visual tokens that each of them has seen.
+        processed: visual tokens of each prompt that each of them has seen.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Reading:
             if layer in reads:
                 k = self.cache.k[layer - self.base, rows][self.own]
                 read[layer] = Seen(block, before, rope, k, self.batch.counts)
-        self.processed += [sum(self.batch.visual_counts)] * (stop - first)
+        self.processed += [self.batch.visual_counts] * (stop - first)
         self.layers = stop
         return read
 
@@ -154,9 +154,9 @@ class Reading:
         )
         return logits, self.cache
 
-    def budget(self) -> tuple[list[int], list[int]]:
-        """Visual tokens that each layer has processed, and those that its cache holds."""
-        left, depth = sum(self.batch.visual_counts), len(self.decoder.layers)
+    def budget(self) -> tuple[list[list[int]], list[list[int]]]:
+        """[L][B], visual tokens that each layer has processed, and those that its cache holds."""
+        left, depth = self.batch.visual_counts, len(self.decoder.layers)
         rest = [left] * (depth - self.layers)
         below = self.processed if self.finished else [left] * self.layers
         return self.processed + rest, below + rest

@@ -57,13 +57,14 @@ class Clock:
         return event
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of each stage, in order."""
+        """Milliseconds of each stage, in order; a stage that came again is added up."""
         if self.cuda:
             torch.cuda.synchronize()
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if self.cuda:
-            return {name: before.elapsed_time(after) for (_, before), (name, after) in pairs}
-        return {name: 1000 * (after - before) for (_, before), (name, after) in pairs}
+        spent: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
+            took = before.elapsed_time(after) if self.cuda else 1000 * (after - before)
+            spent[name] = spent.get(name, 0.0) + took
+        return spent
 
 
 @dataclass
@@ -83,7 +84,8 @@ class Prefill:
         hidden: [T, C] after layer K, before the gather; None unless traced.
         logits: [vocab] of the last row; [B, vocab] for several prompts.
         cache: all layers, T' rows.
-        budgets: of all prompts together.
+        processed: [L][B], visual tokens of each prompt that each layer has processed.
+        cached: [L][B], those that its cache holds.
         batch: the prompts as they were packed, before pruning.
     """
 
@@ -97,7 +99,8 @@ class Prefill:
     hidden: Tensor | None
     logits: Tensor
     cache: Cache | Stack
-    budgets: Budgets
+    processed: list[list[int]] = field(repr=False)
+    cached: list[list[int]] = field(repr=False)
     batch: Batch = field(repr=False)
     clock: Clock = field(repr=False)
     _state: Any = field(init=False, repr=False)
@@ -109,6 +112,17 @@ class Prefill:
     def timings(self) -> dict[str, float]:
         """Milliseconds of each stage, in order."""
         return self.clock.milliseconds()
+
+    @property
+    def budgets(self) -> Budgets:
+        """Of all prompts together."""
+        sums = ([sum(layer) for layer in part] for part in (self.processed, self.cached))
+        return Budgets.of(*sums, len(self.visual))
+
+    def budgets_of(self, prompt: int) -> Budgets:
+        """Of one of the prompts."""
+        own = ([layer[prompt] for layer in part] for part in (self.processed, self.cached))
+        return Budgets.of(*own, self.batch.visual_counts[prompt])
 
     def rewind(self, room: int) -> Cache | Stack:
         """The cache as the prefill left it, with room for more rows in every sequence."""

@@ -1,89 +1,373 @@
-"""The comparison on the world: what is asked, what is counted, and going on after a stop."""
+"""Comparisons: what is asked, what is counted, going on after a stop, several processes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+from PIL import Image
 
-from nanoglimpse.evaluate import Arm, Results, main, questions, table
-from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, QUESTION_KINDS
+from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.evaluate.__main__ import main
+from nanoglimpse.evaluate.answers import answer, bits, figures
+from nanoglimpse.evaluate.arms import Arm, check, combine
+from nanoglimpse.evaluate.questions import Files, World, questions
+from nanoglimpse.evaluate.store import Results
+from nanoglimpse.generate import EXAMPLES
+from nanoglimpse.methods import METHODS
+from nanoglimpse.train.examples import Example, token_mask
+from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, QUESTION_KINDS, SPLITS
+from nanoglimpse.world.__main__ import main as write_world
 
+HELDOUT = SPLITS["heldout"].start
 ARGUMENTS = ["--count", "3", "--domains", "scene", "--batch", "2", "--device", "cpu", "--quiet"]
+SMALL = ["--data", str(EXAMPLES / "questions.jsonl"), "--count", "5", "--device", "cpu", "--quiet"]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_questions_are_fixed_and_of_all_kinds(domain):
-    items = list(questions("heldout", domain, 40, False))
+    items = list(questions(HELDOUT, domain, 40, False))
     assert [item.name for item in items] == [
-        item.name for item in questions("heldout", domain, 40, False)
+        item.name for item in questions(HELDOUT, domain, 40, False)
     ]
     assert len({item.name for item in items}) == 40
     assert {item.kind for item in items} == set(QUESTION_KINDS[domain])
     assert [item.number for item in items] == list(range(40))
-    first = [item.name for item in questions("heldout", domain, 10, False)]
+    first = [item.name for item in questions(HELDOUT, domain, 10, False)]
     assert first == [item.name for item in items[:10]]
 
 
 def test_brief_questions_are_the_same_questions():
-    free, brief = (list(questions("heldout", "scene", 6, form)) for form in (False, True))
+    free, brief = (list(questions(HELDOUT, "scene", 6, form)) for form in (False, True))
     for one, other in zip(free, brief, strict=True):
         assert (one.name, one.asked.short) == (other.name, other.asked.short)
         assert other.asked.question == one.asked.question + BRIEF_SUFFIX
+        assert other.asked.answer == one.asked.short
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Pictures of the world with their questions in both layouts."""
+    folder = tmp_path_factory.mktemp("world")
+    options = ["--count", "3", "--questions", "3", "--canvas", "280", "--quiet"]
+    assert write_world(["--out", str(folder), *options]) == 0
+    return folder
+
+
+def test_both_layouts_say_the_same(files):
+    plain = Files([files / "questions.jsonl"], None, None)
+    benchmark = Files([files / "viscot.json"], None, None)
+    assert plain.groups == ["document", "scene", "chart"]
+    assert benchmark.groups == ["world_document", "world_scene", "world_chart"]
+    located = [item for item in plain.items(False) if item.asked.boxes]
+    assert len(located) == benchmark.total > 5
+    for one, other in zip(located, benchmark.items(False), strict=True):
+        assert one.asked.question == other.asked.question
+        assert one.asked.answer == other.asked.answer
+        opened = other.opened()
+        (box,) = opened.asked.boxes
+        x0, y0, x1, y1 = zip(*one.asked.boxes, strict=True)
+        assert box == pytest.approx((min(x0), min(y0), max(x1), max(y1)), abs=0.5 / 280)
+        assert opened.picture.size == (280, 280)
+    brief = next(iter(plain.items(True)))
+    assert brief.asked.question == next(iter(plain.items(False))).asked.question + BRIEF_SUFFIX
+    assert brief.asked.answer == brief.asked.short
+
+
+def test_questions_are_counted_by_group(files):
+    source = Files([files / "questions.jsonl"], None, 2)
+    assert [(item.group, item.number) for item in source.items(False)] == [
+        (group, number) for group in ("document", "scene", "chart") for number in (0, 1)
+    ]
+    assert source.total == 6
+
+
+def test_boxes_may_be_left_out_and_trained_layouts_are_read(tmp_path):
+    Image.new("RGB", (56, 28)).save(tmp_path / "a.png")
+    rows = [
+        {"image": "a.png", "question": "What?", "answer": "red"},
+        {"image": "a.png", "question": "Where?", "answer": "left", "width": 56, "height": 28},
+    ]
+    rows[1] |= {"bboxs": [[14, 7, 28, 14]], "dataset": "gqa", "question_id": 9}
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, two = Files([tmp_path / "own.jsonl"], None, None).items(False)
+    assert (one.group, one.name, one.asked.boxes) == ("own", "own 1", ())
+    assert (two.group, two.name) == ("gqa", "own 9")
+    assert two.asked.boxes == ((0.25, 0.25, 0.5, 0.5),)
+
+
+def test_missing_pictures_are_counted_and_named(files, tmp_path, capsys):
+    rows = json.loads((files / "viscot.json").read_text())
+    gone = rows[0]["image"][0]
+    kept = [row for row in rows if row["image"][0] != gone]
+    for row in kept:
+        name = row["image"][0]
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    (tmp_path / "viscot.json").write_text(json.dumps(rows))
+    source = Files([tmp_path / "viscot.json"], None, None)
+    assert source.missing == [str(tmp_path / gone)] * (len(rows) - len(kept))
+    assert source.total == len(kept)
+    out = tmp_path / "out.jsonl"
+    options = ["--methods", "nothing", "--device", "cpu", "--out", str(out)]
+    assert main(["--data", str(tmp_path / "viscot.json"), *options]) == 0
+    said = capsys.readouterr().err
+    lost = f"1 pictures are missing, {len(source.missing)} questions left out: {tmp_path / gone}"
+    assert lost in said
+    assert Results.read(out).missing == source.missing
+    assert main(["report", str(out)]) == 0
+    assert lost in capsys.readouterr().out
+
+
+def test_pictures_in_a_folder_that_the_benchmark_does_not_name(files, tmp_path):
+    rows = json.loads((files / "viscot.json").read_text())[:1]
+    (tmp_path / "cot" / "set" / "val").mkdir(parents=True)
+    Image.new("RGB", (280, 280)).save(tmp_path / "cot" / "set" / "val" / "a.png")
+    rows[0]["image"][0] = "cot/set/a.png"
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    (item,) = Files([tmp_path / "some.json"], None, None).items(False)
+    assert item.picture == tmp_path / "cot" / "set" / "val" / "a.png"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", "", "there is nothing to ask"),
+        ("a.jsonl", "nonsense\n", "line 1 is no question"),
+        ("a.jsonl", "[1]\n", "line 1 is no question"),
+        ("a.jsonl", '{"image": "a.png", "answer": "x"}\n', "has no key 'question'"),
+        ("a.json", "{}", "holds dict, not a list"),
+        ("a.json", "[", "cannot be read"),
+        ("a.json", '[{"image": ["a.png"]}]', "entry 0, is no question of the benchmark"),
+        ("a.json", None, "cannot be read"),
+    ],
+)
+def test_bad_files_are_one_line(name, text, message, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main(["--data", str(tmp_path / name), "--quiet"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("nanoglimpse: error: ")
+    assert error.count("\n") == 1
+
+
+def test_combinations():
+    arms = combine(
+        ["dense", "glimpse", "fastv", "nothing"], ["none", "0.111"], [False, True], "all"
+    )
+    assert [arm.name for arm in arms[:5]] == [
+        "dense",
+        "glimpse",
+        "glimpse 0.111",
+        "fastv 0.111",
+        "nothing",
+    ]
+    assert [arm.name for arm in arms[5:]] == [f"{arm.name} brief" for arm in arms[:5]]
+    assert Arm("fastv", 0.5, True, "later").name == "fastv 0.5 later brief"
+
+
+def test_all_methods_can_be_checked_before_the_work(nano):
+    check(nano, [Arm(name, 0.5) for name in METHODS])
+    with pytest.raises(UsageError, match="cannot be reached"):
+        check(nano, [Arm("random", 0.1, kv_drop="later")])
+
+
+def test_nothing_is_kept(nano):
+    prompt = nano.prompt(EXAMPLES / "scene_0.png", "Which shape has the number 88?")
+    prefill = nano.prefill(prompt, "nothing")
+    depth = nano.config.text_config.num_hidden_layers
+    assert not bool(prefill.kept.any())
+    assert prefill.cache.rows == depth * int((~prompt.visual).sum())
+    assert prefill.budgets.decode_kv_ratio == 0
+    assert prefill.budgets.prefill_ratio == -(-2 * depth // 3) / depth
+
+
+def test_an_answer_says_what_it_was_worth_and_what_it_cost(nano):
+    item = next(iter(Files([EXAMPLES / "questions.jsonl"], None, 1).items(False)))
+    (row,) = answer(nano, [item], Arm("glimpse", 0.2), gallery=1)
+    alone = nano.ask(item.picture, item.asked.question, method="glimpse", max_ratio=0.2)
+    assert row["reply"] == alone.text
+    assert row["tokens"] == len(alone.token_ids)
+    assert (row["visual"], row["kept"]) == (64, int(alone.kept.sum()))
+    assert row["kv_bytes"] == alone.stats.kv_bytes[1]
+    assert row["kv_rows"] * nano.config.text_config.num_hidden_layers == alone.stats.kv_rows[1]
+    assert row["decode_kv"] == alone.stats.budgets.decode_kv_ratio
+    assert set(row["ms"]) == {
+        "preprocess",
+        "vision",
+        "before",
+        "score",
+        "keep",
+        "after",
+        "decode",
+    }
+    assert row["grid"] == [8, 8]
+    seen = int(row["cells"], 16)
+    assert [bool(seen >> (63 - i) & 1) for i in range(64)] == alone.kept.tolist()
+    importance = torch.tensor(list(bytes.fromhex(row["importance"])))
+    assert torch.equal(importance, (255 * alone.importance.sigmoid()).round().int())
+    mask = token_mask(item.asked.boxes, (1, 16, 16), nano.config)
+    both = int((mask & alone.kept).sum())
+    assert row["recall"] == both / int(mask.sum())
+    assert row["iou"] == both / int((mask | alone.kept).sum())
+    (plain,) = answer(nano, [item], Arm("dense"))
+    assert not {"cells", "importance", "grid"} & plain.keys()
+
+
+def test_cells_as_bits():
+    mask = torch.tensor([1, 0, 0, 0, 0, 0, 0, 1, 0, 1], dtype=torch.bool)
+    assert bits(mask) == "8140"
+    assert bits(mask[:8]) == "81"
+    assert bits(torch.zeros(9, dtype=torch.bool)) == "0000"
+
+
+def test_figures_of_examples_are_those_of_each_asked_alone(nano):
+    items = list(Files([EXAMPLES / "questions.jsonl"], None, 5).items(False))
+    examples = [Example(item.opened().picture, (item.asked,)) for item in items]
+    alone = [nano.ask(i.picture, i.asked.question, method="glimpse") for i in items]
+    found = figures(nano, examples, batch=3)
+    kept = [float(one.kept.float().mean()) for one in alone]
+    assert found["retention"] == pytest.approx(sum(kept) / 5)
+    assert found["accuracy"] == sum(
+        item.asked.short in one.text for item, one in zip(items, alone, strict=True)
+    ) / len(items)
+    assert 0 < found["recall"] < 1
 
 
 def test_a_table_of_results(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     options = ["--methods", "dense", "random", "oracle", "--ratios", "none", "0.25", "--out"]
     assert main([*ARGUMENTS, *options, str(out)]) == 0
-    printed = capsys.readouterr().out
-    lines = printed.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [
         "dense",
         "random 0.25",
         "oracle",
     ]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = Results.read(out).rows
     assert len(rows) == 9
-    assert all(row["kept"] == 1 for row in rows if row["arm"] == "dense")
-    assert all(0.2 < row["kept"] <= 0.25 for row in rows if row["arm"] == "random 0.25")
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ("dense", "random 0.25")}
+    assert all(row["kept"] == row["visual"] for row in by_arm["dense"])
+    assert all(0.2 < row["kept"] / row["visual"] <= 0.25 for row in by_arm["random 0.25"])
     assert all(row["recall"] in (1.0, None) for row in rows if row["arm"] == "oracle")
-    dense = [row["right"] for row in rows if row["arm"] == "dense"]
+    dense = [row["contains"] for row in by_arm["dense"]]
     assert lines[2].startswith(f"| dense | {100 * sum(dense) / 3:.1f} | 100.0 |")
 
 
-def test_a_stopped_run_goes_on(tmp_path, capsys):
+def test_a_killed_run_goes_on(tmp_path, capsys):
+    """Cut anywhere, even inside the first line, the file ends up as if nothing had happened."""
     out = tmp_path / "results.jsonl"
-    command = [*ARGUMENTS, "--methods", "dense", "--out", str(out)]
+    command = [*SMALL, "--methods", "nothing", "--batch", "3", "--gallery", "1", "--out", str(out)]
     assert main(command) == 0
-    whole, printed = out.read_text(), capsys.readouterr().out
-    lines = whole.splitlines(keepends=True)
-    out.write_text(lines[0] + lines[1][:40])
+    whole, printed = out.read_bytes(), capsys.readouterr().out
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (5, ends[0] - 1, ends[2] + 40, ends[-1] - 1):
+        out.write_bytes(whole[:cut])
+        assert main(command) == 0
+        assert capsys.readouterr().out == printed
+        assert timeless(out) == timeless(whole), cut
+    before = out.read_bytes()
     assert main(command) == 0
-    assert capsys.readouterr().out == printed
-    rows = [row["question"] for row in Results(out).rows]
-    assert sorted(rows) == sorted(json.loads(line)["question"] for line in lines)
-    before = out.read_text()
-    assert main(command) == 0
-    assert out.read_text() == before
+    assert out.read_bytes() == before
 
 
-def test_other_files_are_not_continued(tmp_path, capsys):
-    (tmp_path / "other.jsonl").write_text('{"image": "a.png"}\n')
-    assert main([*ARGUMENTS, "--out", str(tmp_path / "other.jsonl")]) == 1
-    assert "holds something else than results" in capsys.readouterr().err
-    assert (tmp_path / "other.jsonl").read_text() == '{"image": "a.png"}\n'
+def timeless(source):
+    """Records without what differs between two runs."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    records = [json.loads(line) for line in data.splitlines()]
+    differs = ("ms", "batch")
+    return [{k: v for k, v in record.items() if k not in differs} for record in records]
 
 
-def test_table_by_hand():
-    arm = Arm("glimpse", 0.111, True)
-    assert arm.name == "glimpse 0.111 brief"
-    rows = [
-        {"arm": arm.name, "domain": "scene", "right": right, "kept": kept, "recall": recall}
-        for right, kept, recall in ((True, 0.1, 1.0), (False, 0.2, None), (True, 0.0, 0.5))
-    ]
-    rows.append({**rows[0], "arm": "dense"})
-    assert table(rows, ["scene"], [arm]).splitlines()[-1] == (
-        "| glimpse 0.111 brief | 66.7 | 10.0 | 75.0 |"
+def test_two_processes_write_what_one_writes(tmp_path):
+    options = [*SMALL, "--methods", "dense", "random", "--ratios", "0.2", "--batch", "1"]
+    options += ["--gallery", "3"]
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    assert main([*options, "--out", str(one)]) == 0
+    # The second starts from what a killed run has left.
+    two.write_bytes(b"".join(one.read_bytes().splitlines(keepends=True)[:5]) + b'{"ques')
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    several += [f"--master-port={30500 + os.getpid() % 1000}", "-m", "nanoglimpse.evaluate"]
+    run = subprocess.run(
+        [*several, *options, "--out", str(two)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+    assert run.returncode == 0, run.stderr
+
+    def results(path):
+        read = Results.read(path)
+        rows = {(r["arm"], r["question"]): r | {"ms": 0, "batch": 0} for r in read.rows}
+        return rows, len(read.rows), read.pictures, read.options
+
+    assert results(one) == results(two)
+    assert results(two)[1] == 2 * 5
+    assert run.stdout.count("| dense |") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--max-new-tokens", "5"], "max_new_tokens 64 instead of 5"),
+        (["--dtype", "bfloat16"], "dtype float32 instead of bfloat16"),
+        (["--max-pixels", "50176"], "max_pixels None instead of 50176"),
+    ],
+)
+def test_results_of_other_options_are_not_mixed(change, said, tmp_path, capsys):
+    out = tmp_path / "results.jsonl"
+    command = [*SMALL, "--methods", "nothing", "--count", "1", "--out", str(out)]
+    assert main(command) == 0
+    before, _ = out.read_bytes(), capsys.readouterr()
+    assert main([*command, *change]) == 2
+    error = capsys.readouterr().err
+    assert f"holds results of other options: {said}; give another --out" in error
+    assert error.count("\n") == 1
+    assert out.read_bytes() == before
+
+
+def test_results_of_other_weights_are_not_mixed(tmp_path, capsys):
+    """A folder whose weights have changed under the same name."""
+    model, out = tmp_path / "model", tmp_path / "results.jsonl"
+    model.mkdir()
+    for path in EXAMPLES.parent.iterdir():
+        if path.name not in ("examples", "glimpse"):
+            (model / path.name).write_bytes(path.read_bytes())
+    command = [*SMALL, "--model", str(model), "--methods", "dense", "--count", "1"]
+    assert main([*command, "--out", str(out)]) == 0
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1:], data[500000] = data[-1:], data[500000] ^ 1
+    (model / "model.safetensors").write_bytes(data)
+    capsys.readouterr()
+    assert main([*command, "--out", str(out)]) == 2
+    assert "other options: weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"image": "a.png"}\n', "notes\nwithout an end", "[]"])
+def test_other_files_are_left_alone(text, tmp_path, capsys):
+    other = tmp_path / "other.jsonl"
+    other.write_text(text)
+    assert main([*SMALL, "--out", str(other)]) == 1
+    assert "holds something else than results" in capsys.readouterr().err
+    assert other.read_text() == text
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"options": {}}\n{"missing": []}\n{"question": 1}\n')
+    with pytest.raises(NanoglimpseError, match="line 3, is no result"):
+        Results.read(path)
+    path.write_text('{"options": {}}\n{"missing"\n{"missing": []}\n')
+    with pytest.raises(NanoglimpseError, match="something else than results in line 2"):
+        Results.read(path)
+
+
+def test_another_world_is_other_data():
+    assert World(1, ["scene"], 3).identity != World(2, ["scene"], 3).identity
+    assert World(1, ["scene"], 3).identity == World(1, ["chart"], 9).identity
 
 
 @pytest.mark.parametrize(
@@ -93,7 +377,11 @@ def test_table_by_hand():
         (["--methods", "random"], "need a cap"),
         (["--ratios", "2"], "ratio 2 is no share"),
         (["--ratios", "x"], "neither a number nor none"),
-        (["--out", "/dev/null/x"], "cannot be written"),
+        (["--count", "0"], "--count 0 must be at least 1"),
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--out", "/dev/null/x"], "cannot be"),
+        (["--methods", "random", "--ratios", "0.1", "--kv-drop", "later"], "cannot be reached"),
+        (["--judge-url", "http://localhost/v1"], "needs --judge-model"),
     ],
 )
 def test_bad_options_are_one_line(options, message, capsys):

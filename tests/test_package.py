@@ -68,6 +68,7 @@ def installed(tmp_path_factory):
 def test_an_installation_holds_everything(installed):
     assert (installed / "nanoglimpse" / "kernels" / "attention.py").exists()
     assert (installed / "nanoglimpse" / "weights" / "nano" / "model.safetensors").exists()
+    assert (installed / "nanoglimpse" / "evaluate" / "page.html").exists()
     assert {p.name for p in installed.iterdir() if "dist-info" not in p.name} == {"nanoglimpse"}
 
 

@@ -5,6 +5,7 @@ from .cdpruner import CDPruner
 from .dense import Dense
 from .divprune import DivPrune
 from .glimpse import GlimpsePrune
+from .nothing import Nothing
 from .oracle import Oracle
 from .pdrop import PyramidDrop
 from .prumerge import PruMerge
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
         GlimpsePrune(),
         Random(),
         Oracle(),
+        Nothing(),
         AttentionMethod(
             "attention",
             "what the last prompt token attends to after K = ⌈2L/3⌉ layers; training-free row of "

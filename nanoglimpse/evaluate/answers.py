@@ -1,0 +1,230 @@
+"""Questions through the engine to results: one flat record each."""
+
+import base64
+import io
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..methods import METHODS
+from ..processor import Prompt
+from ..results import Prefill, peak_bytes
+from ..train.examples import Example, token_mask
+from .arms import Arm
+from .flops import Rows, count
+from .questions import Item
+from .scores import anls, contains, exact, overlap, token_f1
+
+MAX_NEW_TOKENS = 64
+THUMB = 448
+
+
+def answer(
+    engine: Engine,
+    items: Sequence[Item],
+    arm: Arm,
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    gallery: int = 0,
+    prompt_options: dict | None = None,
+) -> list[dict]:
+    """A result for each item, computed in one batch, greedily.
+
+    Times are the batch's, shared evenly; so at a batch of one they are what a user waits.
+
+    Args:
+        engine: that answers.
+        items: what is asked.
+        arm: how.
+        max_new_tokens: at most so many for each.
+        gallery: the first so many questions of a group carry kept cells and importance.
+        prompt_options: of `Processor.prompt`.
+    """
+    begun = time.perf_counter()
+    items = [item.opened() for item in items]
+    prompts = [
+        engine.prompt(item.picture, item.asked.question, **prompt_options or {}) for item in items
+    ]
+    preprocess = 1000 * (time.perf_counter() - begun)
+    masks = [
+        token_mask(item.asked.boxes, prompt.grids[0], engine.config)
+        for item, prompt in zip(items, prompts, strict=True)
+    ]
+    on_gpu = engine.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    prefill = engine.prefill_many(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        evidence=masks,
+        seed=[item.number for item in items],
+        **arm.options,
+    )
+    tokens, decode = _decode(engine, prefill, max_new_tokens)
+    stages = {"preprocess": preprocess} | _stages(prefill.timings)
+    batch = {
+        "ms": {name: spent / len(items) for name, spent in stages.items()} | {"decode": decode},
+        "batch": len(items),
+        "peak_bytes": peak_bytes(engine.device) if on_gpu else None,
+    }
+    results = []
+    for i, item in enumerate(items):
+        result = _asked(item, arm) | _scored(item, engine.processor.decode(tokens[i]))
+        result |= _kept(prefill, i, masks[i])
+        result |= _spent(engine, arm, prefill, i, prompts[i], len(tokens[i])) | batch
+        results.append(result | (_seen(engine, prefill, i, item) if item.number < gallery else {}))
+    return results
+
+
+def _asked(item: Item, arm: Arm) -> dict:
+    return {
+        "question": item.name,
+        "arm": arm.name,
+        "method": arm.method,
+        "ratio": arm.ratio,
+        "brief": arm.brief,
+        "kv_drop": arm.kv_drop,
+        "group": item.group,
+        "kind": item.kind,
+        "asked": item.asked.question,
+        "wanted": item.asked.answer,
+        "short": item.asked.short,
+    }
+
+
+def _scored(item: Item, reply: str) -> dict:
+    wanted, short = item.asked.answer, item.asked.short
+    return {
+        "reply": reply,
+        "contains": contains(reply, short),
+        "exact": exact(reply, wanted),
+        "anls": anls(reply, wanted),
+        "f1": token_f1(reply, wanted),
+    }
+
+
+def _kept(prefill: Prefill, i: int, mask: Tensor) -> dict:
+    kept = _own(prefill, prefill.kept, i)
+    recall, iou = overlap(kept, mask)
+    return {"visual": len(kept), "kept": int(kept.sum()), "recall": recall, "iou": iou}
+
+
+def _own(prefill: Prefill, values: Tensor, i: int) -> Tensor:
+    """What belongs to one prompt, of values of all visual tokens."""
+    return values.split(prefill.batch.visual_counts)[i].cpu()
+
+
+def _decode(engine: Engine, prefill: Prefill, limit: int) -> tuple[list[list[int]], float | None]:
+    """Token ids of each answer, and milliseconds a token after the first ones."""
+    answers: list[list[int]] = [[] for _ in prefill.batch.counts]
+    moments = []
+    for tokens in engine.decode_many(prefill, limit):
+        moments.append(time.perf_counter())
+        for own, token in zip(answers, tokens, strict=True):
+            if token is not None:
+                own.append(token)
+    later = sum(map(len, answers)) - len(answers)
+    return answers, 1000 * (moments[-1] - moments[0]) / later if later else None
+
+
+def _stages(timings: dict[str, float]) -> dict[str, float]:
+    """Stages under names that do not tell K: layers before the first pruning and behind it."""
+    stages = {"vision": 0.0, "before": 0.0, "score": 0.0, "keep": 0.0, "after": 0.0}
+    for name, spent in timings.items():
+        if name.startswith("layers"):
+            name = "before" if "<" in name else "after"
+        stages[name] += spent
+    return stages
+
+
+def _spent(engine: Engine, arm: Arm, prefill: Prefill, i: int, prompt: Prompt, tokens: int) -> dict:
+    """Budgets, cache and FLOPs of one prompt of a batch and its answer."""
+    config, method = engine.config.text_config, METHODS[arm.method]
+    rows = Rows(
+        total=len(prompt),
+        visual=int(prompt.visual.sum()),
+        processed=[layer[i] for layer in prefill.processed],
+        cached=[layer[i] for layer in prefill.cached],
+        stops=method.stops(engine),
+        probe=method.probe(engine) is not None,
+    )
+    budgets = prefill.budgets_of(i)
+    predictor = engine.glimpse.predictor if arm.method == "glimpse" else None
+    cached = config.num_hidden_layers * rows.text + sum(rows.cached)
+    row_bytes = 2 * config.num_key_value_heads * config.head_dim * engine.dtype.itemsize
+    return {
+        "prompt": rows.total,
+        "tokens": tokens,
+        "stop": next(iter(rows.stops), None),
+        "input": budgets.input_ratio,
+        "prefill": budgets.prefill_ratio,
+        "decode_kv": budgets.decode_kv_ratio,
+        "kv_rows": cached / config.num_hidden_layers,
+        "kv_bytes": cached * row_bytes,
+        "flops": count(engine.config, rows, prompt.grids, tokens, predictor),
+    }
+
+
+def _seen(engine: Engine, prefill: Prefill, i: int, item: Item) -> dict:
+    """What the gallery shows: grid, kept cells as bits, importance as bytes, both in hex."""
+    merge, importance = engine.config.vision_config.spatial_merge_size, prefill.importance
+    shown = None
+    # A method that looks several times has importance for what was left at the last look alone.
+    if importance is not None and len(importance) == len(prefill.kept):
+        own = _own(prefill, importance, i)
+        shown = bytes((255 * own.float().sigmoid()).round().int().tolist()).hex()
+    return {
+        "grid": [side // merge for side in prefill.batch.grids[i][0][1:]],
+        "boxes": item.asked.boxes,
+        "cells": bits(_own(prefill, prefill.kept, i)),
+        "importance": shown,
+    }
+
+
+def bits(mask: Tensor) -> str:
+    """bool [N] as hex digits, the first cell the highest bit, filled up with zeros."""
+    text = "".join("01"[value] for value in mask.tolist())
+    text += "0" * (-len(text) % 8)
+    return f"{int(text or '0', 2):0{len(text) // 4}x}"
+
+
+def thumbnail(item: Item) -> str:
+    """A small JPEG of the picture as a data URI."""
+    image, data = item.opened().picture.copy(), io.BytesIO()
+    image.thumbnail((THUMB, THUMB))
+    image.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def figures(
+    engine: Engine, examples: Sequence[Example], arm: Arm | None = None, batch: int = 8
+) -> dict[str, float]:
+    """Retention, recall of the evidence's visual tokens, and accuracy, each a mean over questions.
+
+    Args:
+        engine: answers greedily, with the pruning rule of its weights.
+        examples: pictures with questions; the recall is over those that have evidence.
+        arm: GlimpsePrune without a cap if None.
+        batch: questions at a time.
+    """
+    asked = [(example.image, one) for example in examples for one in example.asked]
+    items = (Item(str(n), "", "", n, image, one) for n, (image, one) in enumerate(asked))
+    rows = [
+        row for some in batches(items, batch) for row in answer(engine, some, arm or Arm("glimpse"))
+    ]
+    values = {
+        "retention": [row["kept"] / row["visual"] for row in rows],
+        "recall": [row["recall"] for row in rows if row["recall"] is not None],
+        "accuracy": [float(row["contains"]) for row in rows],
+    }
+    return {name: sum(own) / max(len(own), 1) for name, own in values.items()}

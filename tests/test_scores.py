@@ -1,0 +1,212 @@
+"""Scores, intervals and FLOPs against numbers worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanoglimpse import Prompt
+from nanoglimpse.config import parse_config
+from nanoglimpse.evaluate import flops
+from nanoglimpse.evaluate.flops import Rows
+from nanoglimpse.evaluate.interval import bounds, mean_interval, resampled
+from nanoglimpse.evaluate.scores import anls, contains, edits, exact, overlap, token_f1, words
+
+from .tiny import chat_ids, patches_of
+
+SHAPES = Path(__file__).parent / "configs"
+
+
+@pytest.mark.parametrize(
+    ("reply", "short", "right"),
+    [
+        ("The number is 7.", "7", True),
+        ("The number is 17.", "7", False),
+        ("It is 7.50.", "7", False),
+        ("Yes, there is.", "yes", True),
+        ("", "7", False),
+    ],
+)
+def test_contains(reply, short, right):
+    assert contains(reply, short) is right
+
+
+def test_exact():
+    assert exact(" A83\n", "a83")
+    assert not exact("A83.", "A83")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2), ("a", "a", 0)],
+)
+def test_edits(a, b, distance):
+    assert edits(a, b) == distance
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted", "score"),
+    [
+        ("Sitting", "kitten", 1 - 3 / 7),
+        (" 12.50 ", "12.50", 1.0),
+        ("abcd", "abxy", 0.5),  # a half still counts
+        ("abc", "axy", 0.0),  # a third does not
+        ("", "", 1.0),
+        ("", "a", 0.0),
+    ],
+)
+def test_anls(reply, wanted, score):
+    assert anls(reply, wanted) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted", "score"),
+    [
+        ("the red star", "a red circle", 0.5),  # red | of two words each
+        ("It is the red star.", "red star", 2 * (2 / 4) * 1 / (2 / 4 + 1)),
+        ("red red", "red", 2 * 1 / 3),  # a word counts as often as both have it
+        ("blue", "red", 0.0),
+        ("The.", "a", 1.0),  # nothing is left of either
+        ("the", "red", 0.0),
+    ],
+)
+def test_token_f1(reply, wanted, score):
+    assert token_f1(reply, wanted) == pytest.approx(score)
+
+
+def test_words():
+    assert words("An answer: the Red-Star, 7.") == ["answer", "redstar", "7"]
+
+
+def test_overlap():
+    kept = torch.tensor([1, 1, 1, 0, 0, 0], dtype=torch.bool)
+    evidence = torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.bool)
+    assert overlap(kept, evidence) == (2 / 4, 2 / 5)
+    assert overlap(kept, torch.zeros(6, dtype=torch.bool)) == (None, None)
+
+
+def test_interval_of_what_does_not_vary():
+    assert mean_interval([0.25] * 9) == (0.25, 0.25, 0.25)
+
+
+def test_interval_is_that_of_the_binomial():
+    """Means of 0-1 values, resampled, are binomial: 40 draws at 0.3 stray by 0.0725."""
+    values = [1.0] * 12 + [0.0] * 28
+    mean, low, high = mean_interval(values, draws=20000)
+    assert mean == pytest.approx(0.3)
+    # Quantiles of Binomial(40, 0.3) / 40 at 2.5 and 97.5 per cent: 7 and 18.
+    assert (low, high) == (pytest.approx(7 / 40), pytest.approx(18 / 40))
+    assert mean_interval(values) == mean_interval(values)
+    assert mean_interval(values, seed=1, draws=50) != mean_interval(values, draws=50)
+
+
+def test_resampled_ratios_by_hand():
+    """Two rows: a draw takes the first twice, the second twice or both, as 1 : 1 : 2."""
+    sums = torch.tensor([[1.0, 6.0], [3.0, 0.0]], dtype=torch.float64)
+    weights = torch.tensor([[1.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
+    drawn = resampled(sums, weights, draws=4000)
+    means, counts = drawn[:, 0].unique(return_counts=True)
+    assert means.tolist() == [1.0, 2.0, 3.0]
+    assert counts[1] / 4000 == pytest.approx(0.5, abs=0.03)
+    # The second column has a weight in the first row alone.
+    without = drawn[:, 1].isnan()
+    assert torch.equal(without, drawn[:, 0] == 3)
+    assert drawn[:, 1][~without].unique().tolist() == [3.0]
+    assert bounds(drawn)[:, 1].tolist() == [3.0, 3.0]
+
+
+def test_columns_are_resampled_alike():
+    values = torch.rand(20, 1, dtype=torch.float64)
+    both = resampled(values.expand(-1, 2), torch.ones(20, 2, dtype=torch.float64), draws=150)
+    assert torch.equal(both[:, 0], both[:, 1])
+    assert len(both) == 150
+    assert len(both[:, 0].unique()) > 100
+
+
+@pytest.mark.parametrize(("shape", "tera"), [("7b", 76.553), ("3b", 35.749)])
+def test_flops_as_the_paper_counts(shape, tera):
+    """Dense prefill of 5074 rows; the paper's Table 7 has 77.8 T, a mean over prompts."""
+    config = _shape(shape).text_config
+    depth = config.num_hidden_layers
+    rows = Rows(5074, 5000, [5000] * depth, [5000] * depth)
+    assert flops.paper_prefill(config, rows) / 1e12 == pytest.approx(tera, abs=5e-4)
+
+
+def _shape(name: str):
+    path = SHAPES / f"qwen2.5-vl-{name}.json"
+    return parse_config(json.loads(path.read_text()), str(path))
+
+
+def test_flops_of_the_paper_after_pruning():
+    """19 of 28 layers see all rows, 9 the survivors without the text; then as many for decoding."""
+    config = _shape("7b").text_config
+    rows = Rows(1000, 900, [900] * 19 + [90] * 9, [90] * 28)
+
+    def layer(n, keys):
+        d, kv, inner = 3584, 4 * 128, 18944
+        return 4 * n * d * d + 4 * n * d * kv + 4 * n * keys * d + 6 * n * d * inner
+
+    wanted = 19 * layer(1000, 1000) + 9 * layer(90, 90)
+    assert flops.paper_prefill(config, rows) == wanted
+    decoded = 28 * (layer(1, 90) + layer(1, 91))
+    assert flops.paper_decode(config, rows, 2) == decoded
+
+
+def test_exact_flops_by_hand(tiny):
+    """d = 48, k and v 2 × 16, MLP 72, 6 layers, 130 words; 10 text and 8 visual rows, 3 kept."""
+    config = tiny.config.text_config
+    rows = Rows(18, 8, [8] * 4 + [3] * 2, [3] * 6, stops=(4,), probe=True)
+    write, attend, pair = 2 * 48 * 32, 2 * 48 * (2 * 48 + 3 * 72), 4 * 48
+    full = 19 * (write + attend) + 19 * 20 // 2 * pair
+    pruned = 13 * (write + attend) + 13 * 14 // 2 * pair
+    last = 13 * write + attend + 13 * pair
+    head = 2 * 48 * 130
+    assert flops.prefill(config, rows) == 4 * full + pruned + last + head
+    steps = [6 * (write + attend + keys * pair) + head for keys in (14, 15)]
+    assert flops.decode(config, rows, 3) == sum(steps)
+    assert flops.decode(config, rows, 1) == 0
+
+
+def test_predictor_flops_by_hand(tiny):
+    """Width 12, condition 20, MLP 24, 3 blocks on taps of 24; 6 heads' logits of 15 tokens."""
+    predictor, grid = tiny.glimpse.predictor, (1, 6, 10)
+    n, size, condition = 15, 12, 20
+    block = (size + condition) * 2 * (size + condition) + 2 * size * size + 3 * size * 2 * size
+    products = 6 * size + 3 * (24 * condition + block) + size
+    attended = 3 * n * n * (size + condition + size)
+    assert flops.predict(predictor, [grid]) == 2 * (n * products + attended)
+
+
+def test_vision_flops_by_hand(tiny):
+    """A grid of 8 × 8 patches is one window and one frame; 5 blocks of width 24, MLP 40."""
+    patches, unit = 64, 4 * 24
+    linear = patches * (5 * 24 * (4 * 24 + 3 * 40) + 3 * 2 * 14 * 14 * 24)
+    merger = 16 * unit * (unit + 48)
+    attention = 5 * patches**2 * 24
+    assert flops.vision(tiny.config, [(1, 8, 8)]) == 2 * (linear + merger) + 4 * attention
+
+
+def test_budgets_of_each_prompt(tiny):
+    """Two prompts of 4 and 30 visual tokens, half dropped after 4 of 6 layers."""
+    grids = [(1, 4, 4), (1, 10, 12)]
+    prompts = [
+        Prompt.from_tokens(chat_ids(5, g, 4), patches_of([g]), [g], config=tiny.config)
+        for g in grids
+    ]
+    prefill = tiny.prefill_many(prompts, "random", max_ratio=0.5)
+    for i, count in enumerate((4, 30)):
+        own = prefill.budgets_of(i)
+        assert own.input_ratio == 1
+        assert own.prefill_ratio == pytest.approx((4 + 2 * 0.5) / 6)
+        assert own.decode_kv_ratio == pytest.approx(0.5)
+        assert [layer[i] for layer in prefill.processed] == [count] * 4 + [count // 2] * 2
+    later = tiny.prefill_many(prompts, "random", max_ratio=0.8, kv_drop="later")
+    share = (0.8 * 6 - 4) / 2
+    kept = [math.floor(share * count) for count in (4, 30)]
+    for i, count in enumerate((4, 30)):
+        assert [layer[i] for layer in later.cached] == [count] * 4 + [kept[i]] * 2
+        assert later.budgets_of(i).decode_kv_ratio == pytest.approx((4 + 2 * kept[i] / count) / 6)
+    whole = later.budgets
+    assert whole.decode_kv_ratio == pytest.approx((4 * 34 + 2 * sum(kept)) / (6 * 34))
