@@ -14,10 +14,10 @@ from torch import nn
 
 from nanoglimpse import load
 from nanoglimpse.config import GlimpseConfig, parse_config
+from nanoglimpse.evaluate.scores import contains
 from nanoglimpse.rope import mrope
 from nanoglimpse.train import base
 from nanoglimpse.train.__main__ import main
-from nanoglimpse.train.accuracy import contains
 from nanoglimpse.train.base import CURRICULUM, BaseTask, Draw, Stage, asked, write_folder
 from nanoglimpse.train.branches import OPS
 from nanoglimpse.train.data import File, World, domains_of

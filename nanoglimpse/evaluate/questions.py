@@ -13,8 +13,7 @@ from PIL import Image
 from ..errors import NanoglimpseError, UsageError
 from ..processor import load_picture
 from ..train.base import asked
-from ..train.data import _lines as lines_of
-from ..train.data import _row as plain_row
+from ..train.data import lines_of, plain_row
 from ..train.examples import Asked, Box
 from ..world import BRIEF_SUFFIX, SPLITS, render
 from ..world.__main__ import REQUEST

@@ -67,8 +67,8 @@ class File:
 
     def __init__(self, path: Path, pictures: Path, seed: int):
         self.path, self.seed, self.rows, self.missing = path, seed, [], []
-        for number, line in enumerate(_lines(path), 1):
-            picture, asked = _row(line, f"{path}, line {number}")
+        for number, line in enumerate(lines_of(path), 1):
+            picture, asked = plain_row(line, f"{path}, line {number}")
             if (pictures / picture).is_file():
                 self.rows.append((pictures / picture, asked))
             else:
@@ -95,14 +95,16 @@ class File:
         return Example(load_picture(picture), (asked,))
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file that are not empty."""
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 
-def _row(line: str, where: str) -> tuple[str, Asked]:
+def plain_row(line: str, where: str) -> tuple[str, Asked]:
+    """A line of JSON as its picture's name and its question; `where` names it in errors."""
     try:
         row = json.loads(line)
         boxes: list[Box] = row["boxes"] if "boxes" in row else _normalised(row)

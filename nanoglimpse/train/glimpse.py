@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ..config import GlimpseConfig
 from ..engine import Engine
+from ..evaluate.answers import figures
 from ..glimpse import Glimpse, Predictor
 from ..kernels.ops import TORCH
 from ..layers import Module
 from ..rope import mrope
 from ..weights.glimpse import save_glimpse
-from .accuracy import evaluate
 from .base import read_answers
 from .branches import run_layer
 from .data import Source
@@ -189,7 +189,7 @@ class GlimpseTask:
             self.engine.eos_token_id,
             self.engine.ops,
         )
-        return evaluate(engine, self.source.heldout())
+        return figures(engine, self.source.heldout())
 
     def save(self, folder: Path) -> None:
         """The weights in both layouts, in a folder `glimpse`.
