@@ -24,7 +24,7 @@ ROOM = {
     "hexagon": (0.72, 0.46, 0.5),
     "cross": (0.84, 0.4, 0.5),
 }
-SMALLEST_TEXT, LARGEST_FONT = 11, 48
+SMALLEST_TEXT, LARGEST_FONT = 13, 48
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # I, O and Q are too much like digits
 GAP, APART, OVERSAMPLE = 6, 42, 3
 
@@ -62,7 +62,7 @@ def draw(rng: random.Random, plan: Plan) -> tuple[Image.Image, tuple[Item, ...]]
     image = background(rng, plan.canvas, rng.randint(95, 160), rng.randint(10, 40))
     cells = plan.canvas[0] * plan.canvas[1] / 28**2
     clutter(rng, image, rng.randint(0, round(4 + cells / 20)))
-    most = min(max(round(cells / 14), 2), 16)
+    most = min(max(round(cells / 14), 2), 8)
     count = rng.randint(*plan.things or (1 + most // 6, most))
     pairs, used, items = _pairs(rng, plan), [], []
     shadow = rng.random() < 0.4
@@ -97,7 +97,7 @@ def _places(rng: random.Random, plan: Plan, count: int) -> list[Pixels]:
     width, height = plan.canvas
     room = min(width, height) - 4
     fair = math.sqrt(0.5 * width * height / count) - GAP
-    least, most = plan.size or (30, round(max(min(110, room * 0.45, fair), 30)))
+    least, most = plan.size or (40, round(max(min(110, room * 0.45, fair), 40)))
     least, most = min(least, room), min(most, room)
     places: list[Pixels] = []
     for size in sorted((rng.randint(least, most) for _ in range(count)), reverse=True):
