@@ -239,7 +239,7 @@ class Engine:
     def see(self, patches: Tensor, grids: Sequence[Grid], pruner: Method) -> Sight:
         """Pictures through the vision encoder, with what a method wants to know of it."""
         watch = Watch(pruner.watches(self))
-        return Sight(*self.vision(patches.to(self.device), grids, self._taps(pruner), watch), watch)
+        return Sight(*self.vision(patches.to(self.device), grids, self.taps(pruner), watch), watch)
 
     def read(
         self,
@@ -330,7 +330,7 @@ class Engine:
             max_ratio = pruner.share(self, max_ratio, kv_drop)
         return Plan(pruner, self._selection(threshold, max_ratio, min_tokens, anchors), kv_drop)
 
-    def _taps(self, pruner: Method) -> Sequence[int]:
+    def taps(self, pruner: Method) -> Sequence[int]:
         """Vision blocks to tap: the predictor's, so that they can be looked at, or the method's."""
         return pruner.taps(self) or (
             self.glimpse.config.selected_visual_layers if self.glimpse else ()
@@ -482,9 +482,9 @@ class Engine:
         Raises:
             UsageError, NanoglimpseError: there is none, it is broken, or of another model.
         """
-        from .session import load_session  # which needs this module
+        from .session_file import load_session  # which needs this module
 
-        return load_session(self, Path(path))
+        return load_session(self, path)
 
 
 class Stream:
@@ -539,11 +539,16 @@ class Stream:
         return token
 
     @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self.engine.processor.decode(self.token_ids)
+
+    @property
     def answer(self) -> Answer:
         """What has been said so far, and what it cost."""
         prefill = self.prefill
         return Answer(
-            text=self.engine.processor.decode(self.token_ids),
+            text=self.text,
             token_ids=list(self.token_ids),
             finish_reason=self._finish_reason(),
             kept=prefill.kept,

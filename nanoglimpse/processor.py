@@ -308,7 +308,9 @@ class Processor:
         return [start, f"system\n{system}", end, "\n", start, "user\n"]
 
     def conversation(
-        self, turn: Sequence[str | int | Path | Image.Image], history: Sequence[tuple[str, str]] = ()
+        self,
+        turn: Sequence[str | int | Path | Image.Image],
+        history: Sequence[tuple[str, str]] = (),
     ) -> list[str | int | Path | Image.Image]:
         """The chat layout from there on: earlier turns, this one, the answer to begin."""
         start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
