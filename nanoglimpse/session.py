@@ -36,10 +36,9 @@ class Unasked:
     def _refuse(cls, *_, **__):
         raise NeedsQuestion
 
-    __torch_function__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = __index__ = (
-        __eq__
-    ) = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __hash__ = _refuse
+    __torch_function__ = __getattr__ = __getitem__ = __len__ = __iter__ = __bool__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __and__ = __or__ = __hash__ = _refuse
+    __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __rmatmul__ = __index__ = _refuse
 
 
 class Session:
@@ -347,7 +346,7 @@ def flops(session: Session, rows: int, kept: int) -> dict[str, int]:
 
     Args:
         session: its method has one stop inside the decoder, or none.
-        rows: text behind the pictures, and the glimpse row where there is one.
+        rows: of text behind the pictures.
         kept: visual tokens that are left behind the stop.
 
     Returns:
@@ -359,15 +358,16 @@ def flops(session: Session, rows: int, kept: int) -> dict[str, int]:
     rest = 2 * width * query + 3 * width * config.intermediate_size
 
     def layers(count: int, new: int, before: int) -> int:
-        pairs = new * before + new * new // 2
-        return count * (2 * new * (rest + width * kv) + 4 * pairs * query)
+        pairs = 2 * new * before + new * new  # twice: half of the new rows' own are masked
+        return count * 2 * (new * (rest + width * kv) + pairs * query)
 
     def last(new: int, total: int) -> int:
         return 2 * new * width * kv + 2 * rest + 4 * total * query + 2 * width * config.vocab_size
 
     stretch, before = prefix.stretch, prefix.rows
     once = layers(stretch.layers, before, 0)
-    each = layers(stretch.layers, rows, before)
+    probe = session.plan.method.probe(session.engine) is not None
+    each = layers(stretch.layers, rows + probe, before)
     if stretch.stop is None:
         return {
             "prefix": once + 2 * before * width * kv,
