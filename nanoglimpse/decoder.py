@@ -2,7 +2,8 @@
 
 A block has two verbs. `write` puts the keys and values of rows into the cache; `attend` runs the
 rest for the rows whose result is wanted, which may be fewer: in the last layer that is the last row
-of each prompt. `forward` and `step` are both verbs for the same rows, with one fused projection.
+of each prompt. `forward`, `append` and `step` are both verbs for the same rows, with one fused
+projection.
 """
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .cache import Cache, Rows
 from .config import Config, TextConfig
-from .kernels.ops import Ops, Packing, Rope
+from .kernels.ops import Ops, Packing, Queries, Rope
 from .layers import MLP, Embedding, FusedLinear, Linear, Module, RMSNorm
 
 
@@ -37,6 +38,27 @@ class Block(Module):
         q, k, v = self.project(hidden, rope)
         cache.append(layer, rows, k, v)
         return self.finish(hidden, self.ops.attention(q, k, v, packing, causal=True))
+
+    def append(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        cache: Cache,
+        layer: int,
+        rows: Rows,
+        packing: Packing,
+        queries: Queries | None,
+    ) -> Tensor:
+        """Prefill behind rows that the cache holds, [S, C] -> [S, C].
+
+        Writes `rows` and attends to all rows in use, `packing`, as the `queries` among them.
+        """
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        q = self.ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
+        used = cache.used()
+        k, v = cache.k_rows[layer][used], cache.v_rows[layer][used]
+        attended = self.ops.attention(q, k, v, packing, causal=True, queries=queries)
+        return self.finish(hidden, attended)
 
     def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
         """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""

@@ -4,8 +4,11 @@ The pruning step is control flow here and nowhere else: `prefill_many` reads as 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +23,14 @@ from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
 from .reading import KV_DROPS, Reading
 from .results import Answer, Clock, Prefill, Stats, peak_bytes
-from .rope import mrope
+from .rope import Grid, mrope
 from .sampling import Sampler, Sampling
 from .vision import VisionEncoder, Watch
 from .weights import load_glimpse, load_model, locate, read_adapter
 from .weights.checkpoint import Progress
+
+if TYPE_CHECKING:
+    from .session import Session
 
 MODEL_FILES = ["*.json", "*.safetensors", "glimpse/*"]
 GLIMPSE_FILES = ["config.json", "new_modules_gp.pt", "glimpse.safetensors"]
@@ -115,6 +121,30 @@ def _dtype(name: str, device: torch.device, config: Config) -> torch.dtype:
     return kinds[name]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A pruning method and what it was told."""
+
+    method: Method
+    rule: Selection
+    kv_drop: str
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the vision encoder says of N visual tokens.
+
+    Attributes:
+        visual: [N, C].
+        taps: [M, N, Cv].
+        watch: what the method wanted to know of the blocks.
+    """
+
+    visual: Tensor
+    taps: Tensor
+    watch: Watch
+
+
 class Engine:
     """A loaded model. It keeps no state between calls; one engine may serve any order of them.
 
@@ -193,26 +223,52 @@ class Engine:
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
-        if kv_drop not in KV_DROPS:
-            raise UsageError(f"unknown kv_drop '{kv_drop}'; choose one of {', '.join(KV_DROPS)}")
-        pruner = self._method(method, max_ratio)
-        if max_ratio is not None and pruner.stops(self):
-            max_ratio = pruner.share(self, max_ratio, kv_drop)
-        rule = self._selection(threshold, max_ratio, min_tokens, anchors)
-        self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
+        plan = self.plan(method, threshold, max_ratio, min_tokens, anchors, kv_drop)
+        self.check_context([len(prompt) for prompt in prompts], max_new_tokens)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
         batch = Batch.of(prompts, self.config, self.device)
-        patches = pack([prompt.patches for prompt in prompts]).to(self.device)
+        patches = pack([prompt.patches for prompt in prompts])
         known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
-        probe, reads = pruner.probe(self), pruner.reads(self)
-        choice, traced = Choice(), None
 
-        watch = Watch(pruner.watches(self))
-        visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner), watch)
+        sight = self.see(patches, batch.all_grids, plan.method)
         clock.lap("vision")
-        reading = Reading(self.decoder, self.config.text_config, self.ops, batch, visual)
-        for stage, stop in enumerate(pruner.stops(self)):
+        reading = Reading(self.decoder, self.config.text_config, self.ops, batch, sight.visual)
+        return self.read(reading, batch, sight, plan, clock, max_new_tokens, seeds, known, trace)
+
+    def see(self, patches: Tensor, grids: Sequence[Grid], pruner: Method) -> Sight:
+        """Pictures through the vision encoder, with what a method wants to know of it."""
+        watch = Watch(pruner.watches(self))
+        return Sight(*self.vision(patches.to(self.device), grids, self.taps(pruner), watch), watch)
+
+    def read(
+        self,
+        reading: Reading,
+        batch: Batch,
+        sight: Sight,
+        plan: Plan,
+        clock: Clock,
+        max_new_tokens: int,
+        seeds: list[int],
+        evidence: Tensor | None = None,
+        trace: bool = False,
+        begun: int = 0,
+        choice: Choice | None = None,
+    ) -> Prefill:
+        """Prompts through the decoder, pruned on the way.
+
+        Args:
+            reading: of the prompts, the first `begun` stops behind it.
+            batch: the prompts before any pruning.
+            sight: of their pictures.
+            plan, clock: what to do, and what measures it.
+            max_new_tokens, seeds, evidence, trace: as `prefill_many`, all prompts together.
+            choice: made at the last of those stops.
+        """
+        pruner, visual, choice = plan.method, sight.visual, choice or Choice()
+        probe, reads = pruner.probe(self), pruner.reads(self)
+        traced = None
+        for stage, stop in list(enumerate(pruner.stops(self)))[begun:]:
             read = reading.run(stop, probe, reads)
             if stop:
                 clock.lap(f"layers < {stop}")
@@ -224,18 +280,18 @@ class Engine:
                 source=visual,
                 source_counts=batch.visual_counts,
                 visual=visual,
-                taps=taps,
-                watch=watch,
+                taps=sight.taps,
+                watch=sight.watch,
                 asking=reading.asking,
                 layers=read,
-                rule=rule,
+                rule=plan.rule,
                 seeds=seeds,
-                evidence=known,
+                evidence=evidence,
             )
             choice = pruner.choose(look.of(reading.kept) if stage else look)
             clock.lap("score")
             traced = reading.prompts if trace else None
-            reading.keep(choice.kept, choice.values, kv_drop, max_new_tokens)
+            reading.keep(choice.kept, choice.values, plan.kv_drop, max_new_tokens)
             clock.lap("keep")
         first = reading.layers
         logits, cache = reading.finish(max_new_tokens)
@@ -245,7 +301,7 @@ class Engine:
         return Prefill(
             method=pruner.name,
             visual=visual,
-            taps=taps,
+            taps=sight.taps,
             glimpse_logits=choice.glimpse_logits,
             importance=choice.importance,
             kept=reading.kept,
@@ -259,7 +315,24 @@ class Engine:
             clock=clock,
         )
 
-    def _taps(self, pruner: Method) -> Sequence[int]:
+    def plan(
+        self,
+        method: str | None = None,
+        threshold: float | None = None,
+        max_ratio: float | None = None,
+        min_tokens: int | None = None,
+        anchors: Sequence[str] | None = None,
+        kv_drop: str = "all",
+    ) -> Plan:
+        """What `prefill_many` does with these arguments."""
+        if kv_drop not in KV_DROPS:
+            raise UsageError(f"unknown kv_drop '{kv_drop}'; choose one of {', '.join(KV_DROPS)}")
+        pruner = self._method(method, max_ratio)
+        if max_ratio is not None and pruner.stops(self):
+            max_ratio = pruner.share(self, max_ratio, kv_drop)
+        return Plan(pruner, self._selection(threshold, max_ratio, min_tokens, anchors), kv_drop)
+
+    def taps(self, pruner: Method) -> Sequence[int]:
         """Vision blocks to tap: the predictor's, so that they can be looked at, or the method's."""
         return pruner.taps(self) or (
             self.glimpse.config.selected_visual_layers if self.glimpse else ()
@@ -289,7 +362,8 @@ class Engine:
             )
         return method
 
-    def _check_context(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+    def check_context(self, lengths: Sequence[int], max_new_tokens: int) -> None:
+        """Refuses prompts of these lengths that leave no room for the answer."""
         limit, longest = self.config.text_config.max_position_embeddings, max(lengths, default=0)
         if not longest:
             raise UsageError("there is no prompt")
@@ -335,7 +409,7 @@ class Engine:
         """
         prompts = prefill.batch.token_ids.split(prefill.batch.counts)
         sampler = Sampler(sampling or Sampling(), prompts, self.config.text_config.vocab_size)
-        self._check_context(prefill.batch.counts, max_new_tokens)
+        self.check_context(prefill.batch.counts, max_new_tokens)
         cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
         rope = self._decode_rope(cache.next_position, max_new_tokens)
         running = [True] * len(prompts)
@@ -382,10 +456,8 @@ class Engine:
         """
         return Stream(
             self,
-            images,
-            question,
-            prompt_options or {},
-            {"max_new_tokens": max_new_tokens} | prefill_options,
+            partial(self.prompt, images, question, **(prompt_options or {})),
+            partial(self.prefill, **({"max_new_tokens": max_new_tokens} | prefill_options)),
             {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "sampling": sampling},
         )
 
@@ -398,22 +470,53 @@ class Engine:
             pass
         return stream.answer
 
+    def session(
+        self, images: Picture | Sequence[Picture], method: str | None = None, **options
+    ) -> "Session":
+        """Reads pictures once, for any number of questions; arguments as `Session.begin`."""
+        from .session import Session  # which needs this module
+
+        return Session.begin(self, images, method, **options)
+
+    def load_session(self, path: str | Path) -> "Session":
+        """A session that `Session.save` has written.
+
+        Raises:
+            UsageError, NanoglimpseError: there is none, it is broken, or of another model.
+        """
+        from .session_file import load_session  # which needs this module
+
+        return load_session(self, path)
+
 
 class Stream:
     """Text pieces of one answer, whole characters each.
 
     The prompt is read when the object is made. `answer` says at any time what there is so far.
 
+    Args:
+        engine: decodes.
+        prepare: makes a prompt.
+        prefill: reads it.
+        decode: arguments of `Engine.decode`.
+
     Attributes:
         prefill: of the prompt.
+        token_ids: said so far.
     """
 
-    def __init__(self, engine: Engine, images, question, prompt_options, prefill_options, decode):
+    def __init__(
+        self,
+        engine: Engine,
+        prepare: Callable[[], Any],
+        prefill: Callable[[Any], Prefill],
+        decode: dict[str, Any],
+    ):
         self.engine, self.max_new_tokens = engine, decode["max_new_tokens"]
         moments = [time.perf_counter()]
-        prompt = engine.prompt(images, question, **prompt_options)
+        prepared = prepare()
         moments.append(time.perf_counter())
-        self.prefill = engine.prefill(prompt, **prefill_options)
+        self.prefill = prefill(prepared)
         moments.append(time.perf_counter())
         self.kv_rows, self.kv_bytes = self.prefill.cache.rows, self.prefill.cache.nbytes
         self.token_ids: list[int] = []
@@ -438,11 +541,16 @@ class Stream:
         return token
 
     @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self.engine.processor.decode(self.token_ids)
+
+    @property
     def answer(self) -> Answer:
         """What has been said so far, and what it cost."""
         prefill = self.prefill
         return Answer(
-            text=self.engine.processor.decode(self.token_ids),
+            text=self.text,
             token_ids=list(self.token_ids),
             finish_reason=self._finish_reason(),
             kept=prefill.kept,

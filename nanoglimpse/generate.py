@@ -11,15 +11,17 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import __version__
+from .chat import Chat
 from .engine import Engine, find_method, load
 from .errors import NanoglimpseError, UsageError
 from .methods import METHODS
-from .overlay import save_overlay
+from .overlay import check_writable, save_overlay
 from .processor import SYSTEM, open_picture
 from .reading import KV_DROPS
 from .results import Answer
@@ -46,6 +48,11 @@ def parser() -> Parser:
         "Without arguments: a built-in question about a built-in picture.",
     )
     p.add_argument("question", nargs="?", help="what to ask")
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="go on asking about the same pictures, a question a line; /help there",
+    )
     p.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
@@ -135,7 +142,7 @@ def _out_of_memory(args: argparse.Namespace, reason: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, asks, prints. Raises what `main` turns into lines."""
-    images, question = _task(args)
+    images, question = (args.image, args.question) if args.chat else _task(args)
     sampling = Sampling(
         args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
     )
@@ -152,22 +159,25 @@ def run(args: argparse.Namespace) -> int:
         progress=(lambda done, total: None) if args.quiet else Progress(args.model),
     )
     note(f"model       {_describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
-    stream = engine.stream(
-        images,
-        question,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        prompt_options={
-            "system": args.system,
-            "min_pixels": args.min_pixels,
-            "max_pixels": args.max_pixels,
-        },
-        method=args.method,
-        kv_drop=args.kv_drop,
-        threshold=args.threshold,
-        max_ratio=args.max_ratio,
-        min_tokens=args.min_tokens,
-    )
+    layout = {
+        "system": args.system,
+        "min_pixels": args.min_pixels,
+        "max_pixels": args.max_pixels,
+    }
+    pruning = {
+        "method": args.method,
+        "kv_drop": args.kv_drop,
+        "threshold": args.threshold,
+        "max_ratio": args.max_ratio,
+        "min_tokens": args.min_tokens,
+    }
+    decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    if args.chat:
+        session = engine.session(images, **layout, **pruning)
+        answered = partial(as_dict, engine) if args.json else None
+        chat = Chat(session, images, decoding, note, report, answered)
+        return chat.run([question] if question else [])
+    stream = engine.stream(images, question, prompt_options=layout, **pruning, **decoding)
     interrupted = False
     try:
         for piece in stream:
@@ -206,17 +216,10 @@ def _check_early(args: argparse.Namespace, images: list[str]) -> None:
         open_picture(image).close()
     if args.method is not None:
         find_method(args.method, args.max_ratio)
+    if args.chat and args.overlay:
+        raise UsageError("a chat has many answers; write /overlay FILE behind the one you want")
     if args.overlay:
-        _check_writable(Path(args.overlay))
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"the overlay cannot be written: {path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"the overlay cannot be written: there is no folder {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"the overlay cannot be written: {path.absolute().parent} is read-only")
+        check_writable(Path(args.overlay))
 
 
 class Progress:

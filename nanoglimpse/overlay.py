@@ -1,6 +1,7 @@
 """A picture of what was kept: for every image the kept cells beside the importance of all cells."""
 
 import io
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .config import Config
+from .errors import UsageError
 from .files import write_whole
 from .processor import Picture, load_picture
 from .results import Answer
@@ -37,6 +39,20 @@ def save_overlay(
     data = io.BytesIO()
     draw_overlay(images, question, answer, config).save(data, "PNG")
     write_whole(path, data.getvalue())
+
+
+def check_writable(path: Path) -> None:
+    """Refuses a path where no overlay can be written.
+
+    Raises:
+        UsageError: it is a folder, there is none to write in, or that is read-only.
+    """
+    if path.is_dir():
+        raise UsageError(f"the overlay cannot be written: {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"the overlay cannot be written: there is no folder {path.parent}")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UsageError(f"the overlay cannot be written: {path.absolute().parent} is read-only")
 
 
 def draw_overlay(

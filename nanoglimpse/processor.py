@@ -39,6 +39,12 @@ class PixelConfig:
     merge_size: int = 2
 
 
+def pictures_of(images: Picture | Sequence[Picture]) -> list[Path | Image.Image]:
+    """One picture or several as a list; names become paths, so that no text is among them."""
+    images = [images] if isinstance(images, Picture) else images
+    return [image if isinstance(image, Image.Image) else Path(image) for image in images]
+
+
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors one after the other; one alone is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
@@ -219,6 +225,16 @@ class Prompt:
         positions = mrope_positions(ids, sizes, config, seconds)
         return cls(ids, positions, visual_mask(ids, config), patches, sizes)
 
+    def then(self, other: "Prompt") -> "Prompt":
+        """This prompt with another behind it, whose positions go on from here."""
+        return Prompt(
+            torch.cat((self.token_ids, other.token_ids)),
+            torch.cat((self.positions, other.positions + self.positions.max() + 1), dim=1),
+            torch.cat((self.visual, other.visual)),
+            torch.cat((self.patches, other.patches)),
+            self.grids + other.grids,
+        )
+
 
 class Processor:
     """Builds prompts for one checkpoint and turns token ids back into text.
@@ -238,48 +254,70 @@ class Processor:
         images: Picture | Sequence[Picture],
         question: str | Sequence[str | Path | Image.Image],
         *,
+        history: Sequence[tuple[str, str]] = (),
         system: str = SYSTEM,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Prompt:
-        """A prompt in Qwen's chat layout: system, one user turn, the assistant's to begin.
+        """A prompt in Qwen's chat layout: system, user turn, the assistant's to begin.
 
         Args:
-            images: one picture or several, placed before the question.
+            images: one picture or several, placed before the first question.
             question: text, or texts (str) and pictures (Path or Pillow image) in any order.
+            history: questions and answers that came before it.
             system: the system prompt.
             min_pixels, max_pixels: limits of a picture's area; the checkpoint's where None.
 
         Raises:
             UsageError: the checkpoint has no tokenizer, or a picture or text cannot be used.
         """
-        images = [images] if isinstance(images, Picture) else images
-        pictures = [image if isinstance(image, Image.Image) else Path(image) for image in images]
-        content = [*pictures, *([question] if isinstance(question, str) else question)]
+        asked = [question] if isinstance(question, str) else question
+        parts = [*self.opening(system), *pictures_of(images), *self.conversation(asked, history)]
+        return self.fill(parts, min_pixels, max_pixels)
+
+    def fill(
+        self,
+        parts: Sequence[str | int | Path | Image.Image],
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Prompt:
+        """A prompt of text (str), control tokens (int) and pictures in the order they are given."""
         config, patches, grids = self.config, [], []
-        turn: list[str | int] = []
-        for part in content:
-            if isinstance(part, str):
-                turn.append(part)
+        filled: list[str | int] = []
+        for part in parts:
+            if isinstance(part, str | int):
+                filled.append(part)
                 continue
             pixels, grid = preprocess_image(part, min_pixels, max_pixels, self.pixels)
             patches.append(pixels)
             grids.append(grid)
             count = math.prod(grid) // config.vision_config.merge_unit
             placeholders = [config.image_token_id] * count
-            turn += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
+            filled += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
         return Prompt.from_tokens(
-            self.encode(self.chat(turn, system)),
-            pack(patches) if patches else None,
-            grids,
-            config=config,
+            self.encode(filled), pack(patches) if patches else None, grids, config=config
         )
 
     def chat(self, turn: Sequence[str | int], system: str = SYSTEM) -> list[str | int]:
         """Qwen's chat layout up to the answer: system, this user turn, the assistant's to begin."""
+        return [*self.opening(system), *self.conversation(turn)]
+
+    def opening(self, system: str = SYSTEM) -> list[str | int]:
+        """The chat layout up to the content of the first user turn."""
         start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
-        head = [start, f"system\n{system}", end, "\n", start, "user\n"]
-        return [*head, *turn, end, "\n", start, "assistant\n"]
+        return [start, f"system\n{system}", end, "\n", start, "user\n"]
+
+    def conversation(
+        self,
+        turn: Sequence[str | int | Path | Image.Image],
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[str | int | Path | Image.Image]:
+        """The chat layout from there on: earlier turns, this one, the answer to begin."""
+        start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
+        parts: list[str | int | Path | Image.Image] = []
+        for asked, answer in history:
+            parts += [asked, end, "\n", start, f"assistant\n{answer}", end, "\n", start, "user\n"]
+        return [*parts, *turn, end, "\n", start, "assistant\n"]
 
     def encode(self, parts: Sequence[str | int]) -> list[int]:
         """Token ids of text (str) and control tokens (int); neighbouring texts are one text."""

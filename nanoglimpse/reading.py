@@ -61,14 +61,19 @@ class Reading:
         self, decoder: Decoder, config: TextConfig, ops: Ops, batch: Batch, visual: Tensor
     ):
         self.decoder, self.config, self.ops, self.batch = decoder, config, ops, batch
-        self.hidden = decoder.embed_tokens(batch.token_ids)
-        self.hidden[batch.visual_rows] = visual
+        self.hidden = self.embed(visual)
         self.kept = torch.ones(len(visual), dtype=torch.bool, device=visual.device)
         self.layers, self.processed = 0, []
         self.cache: Cache | None = None
         self.base = 0  # the layer that the first one of the cache belongs to
         self.finished: list[Cache] = []
         self.own: slice | Tensor = slice(None)
+
+    def embed(self, visual: Tensor) -> Tensor:
+        """[T, C], what the first layer sees; visual [N, C]."""
+        hidden = self.decoder.embed_tokens(self.batch.token_ids)
+        hidden[self.batch.visual_rows] = visual
+        return hidden
 
     @property
     def prompts(self) -> Tensor:

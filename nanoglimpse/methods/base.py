@@ -121,15 +121,19 @@ class Look:
             first += count
 
     def question(self, prompt: int) -> Tensor:
-        """int64, the rows of a prompt's text behind its last visual token, up to the turn's end."""
+        """int64, the rows of a prompt's text behind its last visual token, up to the turn's end.
+
+        In a conversation these are those of the last turn.
+        """
         start = sum(self.batch.counts[:prompt])
         own = slice(start, start + self.batch.counts[prompt])
         seen = [row for row in self.batch.visual_rows.tolist() if own.start <= row < own.stop]
         first = seen[-1] + 2 if seen else own.start  # behind <|vision_end|>
         ids = self.batch.token_ids[first : own.stop].tolist()
         ends = [i for i, token in enumerate(ids) if token in self.engine.eos_token_id]
-        count = ends[0] if ends and ends[0] else len(ids)
-        return torch.arange(first, first + count, device=self.hidden.device)
+        begin = ends[-2] + 1 if len(ends) > 1 else 0
+        stop = ends[-1] if ends and ends[-1] > begin else len(ids)
+        return torch.arange(first + begin, first + stop, device=self.hidden.device)
 
     def attention(self, layer: int) -> Tensor:
         """[N], the asking row's softmax attention to the visual tokens, the mean over heads."""
