@@ -2,7 +2,8 @@
 
 A block has two verbs. `write` puts the keys and values of rows into the cache; `attend` runs the
 rest for the rows whose result is wanted, which may be fewer: in the last layer that is the last row
-of each prompt. `forward` and `step` are both verbs for the same rows, with one fused projection.
+of each prompt, and where a method prunes, what survives (`attend_some`). `forward` and `step` are
+both verbs for the same rows, with one fused projection.
 """
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .cache import Cache, Rows
 from .config import Config, TextConfig
-from .kernels.ops import Ops, Packing, Rope
+from .kernels.ops import Ops, Packing, Queries, Rope
 from .layers import MLP, Embedding, FusedLinear, Linear, Module, RMSNorm
 
 
@@ -52,6 +53,22 @@ class Block(Module):
     def attend(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int) -> Tensor:
         """The last written row of each sequence, [B, C] -> [B, C]."""
         return self.finish(hidden, self.look_back(self.query(hidden, rope), cache, layer))
+
+    def attend_some(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        cache: Cache,
+        layer: int,
+        rows: Rows,
+        packing: Packing,
+        queries: Queries,
+    ) -> Tensor:
+        """Chosen rows [TQ, C] of whole sequences, `packing`, that have written `rows`."""
+        k, v = cache.k_rows[layer][rows], cache.v_rows[layer][rows]
+        q = self.query(hidden, rope)
+        attended = self.ops.attention(q, k, v, packing, causal=True, queries=queries)
+        return self.finish(hidden, attended)
 
     def query(self, hidden: Tensor, rope: Rope) -> Tensor:
         """q [T, HQ, D] of rows [T, C]."""

@@ -188,7 +188,7 @@ class Engine:
             seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
-            trace: keep `hidden`.
+            trace: keep `hidden`; pruning then waits for the end of layer K.
 
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
@@ -212,15 +212,16 @@ class Engine:
         visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner), watch)
         clock.lap("vision")
         reading = Reading(self.decoder, self.config.text_config, self.ops, batch, visual)
+        inside = not (pruner.needs_hidden or trace)
         for stage, stop in enumerate(pruner.stops(self)):
-            read = reading.run(stop, probe, reads)
+            read = reading.run(stop, probe, reads, inside)
             if stop:
                 clock.lap(f"layers < {stop}")
             look = Look(
                 engine=self,
                 stage=stage,
                 batch=reading.batch,
-                hidden=reading.prompts,
+                hidden=None if reading.inside else reading.prompts,
                 source=visual,
                 source_counts=batch.visual_counts,
                 visual=visual,
@@ -234,6 +235,9 @@ class Engine:
             )
             choice = pruner.choose(look.of(reading.kept) if stage else look)
             clock.lap("score")
+            if reading.inside:
+                reading.attend(choice.kept)
+                clock.lap(f"layers < {stop}")
             traced = reading.prompts if trace else None
             reading.keep(choice.kept, choice.values, kv_drop, max_new_tokens)
             clock.lap("keep")

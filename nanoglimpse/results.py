@@ -57,13 +57,14 @@ class Clock:
         return event
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of each stage, in order."""
+        """Milliseconds of each stage, in order; one that went on later is summed."""
         if self.cuda:
             torch.cuda.synchronize()
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if self.cuda:
-            return {name: before.elapsed_time(after) for (_, before), (name, after) in pairs}
-        return {name: 1000 * (after - before) for (_, before), (name, after) in pairs}
+        total: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
+            spent = before.elapsed_time(after) if self.cuda else 1000 * (after - before)
+            total[name] = total.get(name, 0.0) + spent
+        return total
 
 
 @dataclass
