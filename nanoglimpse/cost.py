@@ -104,9 +104,7 @@ class Work:
         flops = taps * (2 * n * linear + 2 * sum(f * f for f in frames) * (both + size))
         flops += 2 * n * self.width * len(own.selected_layers)
         moved = n * (self.kv / 2 + taps * config.vision_config.hidden_size) * self.size
-        return Cost(
-            self.batch * flops, _bytes(self.engine.glimpse.predictor) + self.batch * moved
-        )
+        return Cost(self.batch * flops, _bytes(self.engine.glimpse.predictor) + self.batch * moved)
 
     def keep(self, stop: int, left: int) -> Cost:
         """The gather of hidden rows and of the cache of `stop` layers: read and written."""
