@@ -310,6 +310,7 @@ class Ours:
         self.task.preprocess()
         prepared = now()
         prefill = self.prefill(new)
+        self.kv = prefill.cache.rows, prefill.cache.nbytes
         moments = [now() for _ in self.engine.decode_many(prefill, new, ignore_eos=True)]
         peak = memory.peak()
         stages = prefill.timings
@@ -317,7 +318,6 @@ class Ours:
         head = self.head()
         upper = next(reversed(stages))  # the layers that end with the head
         stages[upper] = max(stages[upper] - head, 0.0)
-        self.kv = prefill.cache.rows, prefill.cache.nbytes
         self.left = prefill.positions.shape[1] // self.task.batch
         return {
             "preprocess": 1000 * (prepared - start),
@@ -488,21 +488,26 @@ def peak_resident() -> int:
 # Roofs
 
 
+# What the roofs are measured with: rows and columns of a product, bytes to read.
+SIDE = {"cuda": 8192, "cpu": 2048}
+READ = 2**28
+
+
 class Roofs:
     """What the device reaches: FLOP/s of a large product, bytes/s of reading, in this dtype."""
 
     def __init__(self, engine: Engine):
         device, dtype, ops = engine.device, engine.dtype, engine.ops
-        size = 8192 if device.type == "cuda" else 2048
+        size = SIDE.get(device.type, 2048)
         with torch.inference_mode():
             a = torch.randn(size, size, device=device).to(dtype)
             packed = ops.pack(a)
             products = (lambda: a @ a, lambda: ops.linear(a, packed, None))
             self.rate = 2 * size**3 / min(best(call, 4) for call in products)
-            big = torch.ones(2**28 // a.element_size(), device=device, dtype=dtype).view(-1, 8192)
+            big = torch.ones(READ // a.element_size(), device=device, dtype=dtype).view(-1, 8192)
             matrix, row = ops.pack(big), big[:1].clone()
             reads = (big.sum, lambda: ops.linear(row, matrix, None), lambda: F.linear(row, big))
-            self.bandwidth = 2**28 / min(best(call, 5) for call in reads)
+            self.bandwidth = READ / min(best(call, 5) for call in reads)
 
     def floor(self, cost: Cost) -> float:
         """Milliseconds."""
