@@ -121,22 +121,15 @@ def row_logits(q: Tensor, k: Tensor) -> Tensor:
 def _some(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, queries: Queries
 ) -> Tensor:
-    """Sequence by sequence, with a mask where what a row sees is no simple shape."""
+    """All rows attend, so that the result is theirs to the bit and no mask is built.
+
+    Attention of one layer is little beside its products; the Triton kernel leaves the others out.
+    """
     assert packing.rows is None
-    sequences = zip(
-        q.split(queries.packing.lengths),
-        k.split(packing.lengths),
-        v.split(packing.lengths),
-        queries.positions.split(queries.packing.lengths),
-        strict=True,
-    )
-    parts = []
-    for own_q, own_k, own_v, positions in sequences:
-        mask = positions[:, None] >= torch.arange(len(own_k), device=q.device) if causal else None
-        batch = (x.transpose(0, 1)[None] for x in (own_q, own_k, own_v))
-        out = F.scaled_dot_product_attention(*batch, mask, enable_gqa=q.shape[1] != k.shape[1])
-        parts.append(out[0].transpose(0, 1).flatten(1))
-    return torch.cat(parts)
+    counts = torch.tensor(queries.packing.lengths, device=q.device)
+    rows = queries.positions + packing.cu_seqlens[:-1].repeat_interleave(counts)
+    every = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
+    return _contiguous(every, k, v, packing, causal)[rows]
 
 
 def _contiguous(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool) -> Tensor:

@@ -2,8 +2,8 @@
 
 A block has two verbs. `write` puts the keys and values of rows into the cache; `attend` runs the
 rest for the rows whose result is wanted, which may be fewer: in the last layer that is the last row
-of each prompt. `forward`, `append` and `step` are both verbs for the same rows, with one fused
-projection.
+of each prompt, and where a method prunes, what survives (`attend_some`). `forward`, `append` and
+`step` are both verbs for the same rows, with one fused projection.
 """
 
 import torch.nn.functional as F
@@ -11,8 +11,13 @@ from torch import Tensor, nn
 
 from .cache import Cache, Rows
 from .config import Config, TextConfig
+from .errors import UsageError
 from .kernels.ops import Ops, Packing, Queries, Rope
+from .kernels.quantized import GROUP, fits
 from .layers import MLP, Embedding, FusedLinear, Linear, Module, RMSNorm
+
+# Bytes from which on a matrix in oneDNN's layout is faster for one row, too; a smaller one is not.
+LARGE = 2**20
 
 
 class Block(Module):
@@ -75,6 +80,22 @@ class Block(Module):
         """The last written row of each sequence, [B, C] -> [B, C]."""
         return self.finish(hidden, self.look_back(self.query(hidden, rope), cache, layer))
 
+    def attend_some(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        cache: Cache,
+        layer: int,
+        rows: Rows,
+        packing: Packing,
+        queries: Queries,
+    ) -> Tensor:
+        """Chosen rows [TQ, C] of whole sequences, `packing`, that have written `rows`."""
+        k, v = cache.k_rows[layer][rows], cache.v_rows[layer][rows]
+        q = self.query(hidden, rope)
+        attended = self.ops.attention(q, k, v, packing, causal=True, queries=queries)
+        return self.finish(hidden, attended)
+
     def query(self, hidden: Tensor, rope: Rope) -> Tensor:
         """q [T, HQ, D] of rows [T, C]."""
         return self.ops.rotate(self.linear_heads(hidden, 0, self.heads), rope)
@@ -88,9 +109,8 @@ class Block(Module):
 
     def linear_heads(self, hidden: Tensor, first: int, stop: int) -> Tensor:
         """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""
-        part = slice(first * self.head_dim, stop * self.head_dim)
-        weight, bias = self.qkv.weight[part], self.qkv.bias[part]
-        out = F.linear(self.input_layernorm(hidden), weight, bias)
+        normed = self.input_layernorm(hidden)
+        out = self.qkv.rows(normed, first * self.head_dim, stop * self.head_dim)
         return out.view(len(hidden), -1, self.head_dim)
 
     def look_back(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
@@ -112,9 +132,9 @@ class Decoder(Module):
         self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, ops) for _ in range(text.num_hidden_layers))
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps, ops)
+        self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.tied = config.tie_word_embeddings
 
     def prefill_tail(
         self,
@@ -156,5 +176,41 @@ class Decoder(Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, C] -> [B, vocab]"""
-        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
-        return F.linear(self.norm(hidden), weight)
+        normed = self.norm(hidden)
+        if self.lm_head is None:
+            return F.linear(normed, self.embed_tokens.weight)
+        return self.lm_head(normed)
+
+    def pack(self, ops: Ops) -> None:
+        """Lays matrices out for products, those that are large enough for single rows to gain."""
+        for module in self.modules():
+            if isinstance(module, Linear) and not module.opaque and module.weight.nbytes >= LARGE:
+                module.pack(ops)
+
+    def quantize(self, name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
+        """Takes the parameter `name` in 8 or 4 bits if it is a matrix of a layer or the head.
+
+        A table that is the head as well is held twice: looked up as it is, multiplied quantised.
+
+        Returns:
+            What the decoder then holds, by name.
+
+        Raises:
+            UsageError: the size of a layer's matrix is none for such weights.
+        """
+        owner, _, leaf = name.rpartition(".")
+        layer, matrix = self.get_submodule(owner), leaf == "weight" and weight.ndim == 2
+        if layer is self.embed_tokens and self.lm_head is None and fits(*weight.shape):
+            self.lm_head = Linear(0, 0, bias=False)
+            head = self.lm_head.quantize(weight, kind)
+            return {name: weight} | {f"lm_head.{leaf}": part for leaf, part in head.items()}
+        if not matrix or not isinstance(layer, Linear):
+            return {name: weight}
+        if not fits(*weight.shape):
+            if layer is self.lm_head:
+                return {name: weight}
+            raise UsageError(
+                f"quantize {kind} needs matrices of whole groups, multiples of 16 × {GROUP}; "
+                f"{owner} is {len(weight)} × {weight.shape[1]}; leave quantize out"
+            )
+        return {f"{owner}.{leaf}": part for leaf, part in layer.quantize(weight, kind).items()}

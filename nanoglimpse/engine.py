@@ -19,6 +19,7 @@ from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Rope, select
+from .kernels.quantized import check as check_quantized
 from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
 from .reading import KV_DROPS, Reading
@@ -47,6 +48,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     backend: str | Ops = "auto",
+    quantize: str | None = None,
     progress: Progress = lambda done, total: None,
 ) -> "Engine":
     """An engine for a Qwen2.5-VL checkpoint.
@@ -60,6 +62,7 @@ def load(
             on a CPU.
         backend: "auto" is the fastest on the device, and inference only; "torch" is plain torch,
             through which gradients flow; or operations of one's own.
+        quantize: "int8" or "int4": the decoder's matrices in so many bits, on a CPU.
         progress: called with bytes of weights read so far and in all.
 
     Raises:
@@ -71,15 +74,18 @@ def load(
     folder = locate(model, MODEL_FILES)
     config = read_config(folder / "config.json")
     kind = _dtype(dtype, place, config)
+    if quantize is not None:
+        check_quantized(quantize, place)
     # The small files first, so that a mistake shows before gigabytes are read.
     processor, eos = Processor(folder, config), _eos(folder / "generation_config.json", config)
     own = folder / "glimpse"
     source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
     extra = load_glimpse(source, config, ops, kind, place) if source else None
     lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
-    vision, decoder = load_model(folder, config, ops, kind, place, lora, progress)
+    vision, decoder = load_model(folder, config, ops, kind, place, lora, progress, quantize)
     vision.pack(ops)
-    return Engine(str(model), config, vision, decoder, extra, processor, eos, ops)
+    decoder.pack(ops)
+    return Engine(str(model), config, vision, decoder, extra, processor, eos, ops, quantize)
 
 
 def find_method(name: str, max_ratio: float | None) -> Method:
@@ -155,6 +161,7 @@ class Engine:
         glimpse: GlimpsePrune's part, or None.
         processor: builds prompts.
         eos_token_id: tokens that end an answer.
+        quantized: how the decoder's matrices are, as `load` was told.
     """
 
     def __init__(
@@ -167,10 +174,11 @@ class Engine:
         processor: Processor,
         eos_token_id: frozenset[int],
         ops: Ops,
+        quantized: str | None = None,
     ):
         self.name, self.config, self.ops = name, config, ops
         self.vision, self.decoder, self.glimpse = vision, decoder, glimpse
-        self.processor, self.eos_token_id = processor, eos_token_id
+        self.processor, self.eos_token_id, self.quantized = processor, eos_token_id, quantized
         self.device = decoder.embed_tokens.weight.device
         self.dtype = decoder.embed_tokens.weight.dtype
 
@@ -218,7 +226,7 @@ class Engine:
             seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
-            trace: keep `hidden`.
+            trace: keep `hidden`; pruning then waits for the end of layer K.
 
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
@@ -267,16 +275,16 @@ class Engine:
         """
         pruner, visual, choice = plan.method, sight.visual, choice or Choice()
         probe, reads = pruner.probe(self), pruner.reads(self)
-        traced = None
+        inside, traced = not (pruner.needs_hidden or trace), None
         for stage, stop in list(enumerate(pruner.stops(self)))[begun:]:
-            read = reading.run(stop, probe, reads)
+            read = reading.run(stop, probe, reads, inside)
             if stop:
                 clock.lap(f"layers < {stop}")
             look = Look(
                 engine=self,
                 stage=stage,
                 batch=reading.batch,
-                hidden=reading.prompts,
+                hidden=None if reading.inside else reading.prompts,
                 source=visual,
                 source_counts=batch.visual_counts,
                 visual=visual,
@@ -290,6 +298,9 @@ class Engine:
             )
             choice = pruner.choose(look.of(reading.kept) if stage else look)
             clock.lap("score")
+            if reading.inside:
+                reading.attend(choice.kept)
+                clock.lap(f"layers < {stop}")
             traced = reading.prompts if trace else None
             reading.keep(choice.kept, choice.values, plan.kv_drop, max_new_tokens)
             clock.lap("keep")

@@ -20,6 +20,7 @@ from . import __version__
 from .chat import Chat
 from .engine import Engine, find_method, load
 from .errors import NanoglimpseError, UsageError
+from .kernels.quantized import KINDS as QUANTIZED
 from .methods import METHODS
 from .overlay import check_writable, save_overlay
 from .processor import SYSTEM, open_picture
@@ -91,6 +92,9 @@ def parser() -> Parser:
     run.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
+    run.add_argument(
+        "--quantize", choices=QUANTIZED, help="weights of the decoder in few bits, on a CPU"
+    )
     run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
     run.add_argument("--overlay", metavar="PNG", help="write a picture of what was kept")
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -156,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         backend=args.backend,
+        quantize=args.quantize,
         progress=(lambda done, total: None) if args.quiet else Progress(args.model),
     )
     note(f"model       {_describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
@@ -239,9 +244,14 @@ class Progress:
 
 
 def _describe(engine: Engine) -> str:
-    count = sum(p.numel() for m in (engine.vision, engine.decoder) for p in m.parameters())
+    weights = [p for m in (engine.vision, engine.decoder) for p in m.parameters()]
+    where = f"{str(engine.dtype)[6:]} on {engine.device}"
+    if engine.quantized:
+        size = _bytes(sum(p.numel() * p.element_size() for p in weights))
+        return f"{engine.name}, {size} of weights, {engine.quantized} in the decoder, {where}"
+    count = sum(p.numel() for p in weights)
     size = f"{count / 1e9:.2f} B" if count >= 1e8 else f"{count / 1e6:.2f} M"
-    return f"{engine.name}, {size} parameters, {str(engine.dtype)[6:]} on {engine.device}"
+    return f"{engine.name}, {size} parameters, {where}"
 
 
 def report(answer: Answer) -> list[str]:
@@ -289,6 +299,7 @@ def as_dict(engine: Engine, question: str, images: list[str], answer: Answer) ->
             "model": engine.name,
             "device": str(engine.device),
             "dtype": str(engine.dtype)[6:],
+            "quantize": engine.quantized,
         },
     }
 

@@ -1,12 +1,14 @@
 """Parts that the vision encoder, the decoder and the predictor are built from."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.ops import Ops
+from .kernels.quantized import PRODUCTS, quantize
 
 
 class Module(nn.Module):
@@ -40,6 +42,7 @@ class Linear(Module):
     """W x + b. Weights are not initialised: they come from a file, or from who trains them."""
 
     product = staticmethod(F.linear)
+    opaque = False  # whether `weight` is in a layout that only `product` can read
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -50,10 +53,26 @@ class Linear(Module):
         """[T, in] -> [T, out]"""
         return self.product(x, self.weight, self.bias)
 
+    def rows(self, x: Tensor, first: int, stop: int) -> Tensor:
+        """Outputs `first` to `stop` alone, [T, in] -> [T, stop - first]; of a layer with bias."""
+        if self.opaque:
+            return self.forward(x)[:, first:stop]
+        return F.linear(x, self.weight[first:stop], self.bias[first:stop])
+
     def pack(self, ops: Ops) -> None:
-        """Lays the matrix out as `ops` likes it best; only `forward` can use it afterwards."""
+        """Lays the matrix out as `ops` likes it best."""
         self.weight = ops.pack(self.weight)
         self.product = ops.linear
+        self.opaque = self.weight.is_mkldnn
+
+    def quantize(self, weight: Tensor, kind: str) -> dict[str, Tensor]:
+        """Takes the matrix in 8 or 4 bits; what the layer then holds in its place, by name."""
+        packed, scales = quantize(weight, kind)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.product = partial(PRODUCTS[kind], scales=self.scales)
+        self.opaque = True
+        return {"weight": self.weight, "scales": self.scales}
 
 
 class Embedding(Module):

@@ -161,10 +161,12 @@ class Resumed(Reading):
         """[S, C], the rows behind the prefix; no visual tokens are among them."""
         return self.decoder.embed_tokens(self.batch.token_ids[self.prefix.rows :])
 
-    def run(self, stop: int, probe: Tensor | None, reads: Sequence[int]) -> dict[int, Seen]:
-        """As `Reading.run`; its first call ends the stretch."""
+    def run(
+        self, stop: int, probe: Tensor | None, reads: Sequence[int], inside: bool = False
+    ) -> dict[int, Seen]:
+        """As `Reading.run`; its first call ends the stretch, whose last layer is whole."""
         if self.layers:
-            return super().run(stop, probe, reads)
+            return super().run(stop, probe, reads, inside)
         prefix, batch, positions = self.prefix, self.batch, self.batch.positions
         self.own, self.asking = (
             slice(len(batch.token_ids)),

@@ -2,19 +2,22 @@
 
 A method may stop a reading after some layers, look, and keep fewer rows; the reading then goes on
 with those, at their original positions. What was dropped leaves the cache of all layers in one
-gather ("all", as GlimpsePrune does), or stays in those that have run ("later").
+gather ("all", as GlimpsePrune does), or stays in those that have run ("later"). A method that asks
+for keys and queries alone stops inside the last of these layers: all rows have written their keys
+and values there, and once it has chosen, only what survives attends to them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .batch import Batch, last_rows
-from .cache import Cache, Stack
+from .cache import Cache, Rows, Stack
 from .config import TextConfig
 from .decoder import Block, Decoder
-from .kernels.ops import Ops, Packing, Rope
+from .kernels.ops import Ops, Packing, Queries, Rope
 from .rope import mrope
 
 KV_DROPS = ("all", "later")
@@ -68,6 +71,12 @@ class Reading:
         self.base = 0  # the layer that the first one of the cache belongs to
         self.finished: list[Cache] = []
         self.own: slice | Tensor = slice(None)
+        self._attend: Callable | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the state is still the input of the last layer, which has only written."""
+        return self._attend is not None
 
     def embed(self, visual: Tensor) -> Tensor:
         """[T, C], what the first layer sees; visual [N, C]."""
@@ -80,13 +89,16 @@ class Reading:
         """[T, C], the state of the prompts' rows, without probes."""
         return self.hidden[self.own]
 
-    def run(self, stop: int, probe: Tensor | None, reads: Sequence[int]) -> dict[int, Seen]:
+    def run(
+        self, stop: int, probe: Tensor | None, reads: Sequence[int], inside: bool = False
+    ) -> dict[int, Seen]:
         """The layers up to `stop`, a number of layers.
 
         Args:
             stop: at least the number that have run.
             probe: [L, C], added before each layer to a row behind every prompt, if there is one.
             reads: layers of whose attention something is wanted.
+            inside: stop inside the last of them, where one runs; `attend` has to follow.
 
         Returns:
             The layers read. The rows that ask stand in `asking`: the probes, or else each prompt's
@@ -109,14 +121,29 @@ class Reading:
             block = self.decoder.layers[layer]
             if probe is not None:
                 self.hidden[self.asking] += probe[layer]
-            before = self.hidden
-            self.hidden = block(self.hidden, rope, self.cache, layer - self.base, rows, packing)
+            before, place = self.hidden, (self.cache, layer - self.base, rows)
+            if inside and layer == stop - 1:
+                block.write(before, rope, *place)
+                self._attend = partial(self._attend_some, block, rope, place, packing)
+            else:
+                self.hidden = block(before, rope, *place, packing)
             if layer in reads:
                 k = self.cache.k[layer - self.base, rows][self.own]
                 read[layer] = Seen(block, before, rope, k, self.batch.counts)
         self.processed += [self.batch.visual_counts] * (stop - first)
         self.layers = stop
         return read
+
+    def attend(self, kept: Tensor) -> None:
+        """The rest of a layer that was stopped inside, for the rows that stay.
+
+        Args:
+            kept: as `keep`, which has to follow: the state of all other rows lags behind.
+        """
+        rows, counts = self.batch.survivors(kept)
+        stays = torch.arange(len(self.hidden), device=self.hidden.device)[self.own][rows]
+        self.hidden[stays] = self._attend(stays, counts)
+        self._attend = None
 
     def keep(self, kept: Tensor, values: Tensor | None, kv_drop: str, room: int) -> None:
         """Goes on with fewer rows; the probes are gone.
@@ -141,6 +168,21 @@ class Reading:
         self.kept = self.kept.masked_scatter(self.kept, kept)
         if values is not None:
             self.hidden[self.batch.visual_rows] = values
+
+    def _attend_some(
+        self,
+        block: Block,
+        rope: Rope,
+        place: tuple[Cache, int, Rows],
+        packing: Packing,
+        stays: Tensor,
+        counts: list[int],
+    ) -> Tensor:
+        starts = packing.cu_seqlens[:-1].repeat_interleave(
+            torch.tensor(counts, device=stays.device)
+        )
+        queries = Queries(Packing(counts, stays.device), stays - starts)
+        return block.attend_some(self.hidden[stays], rope[stays], *place, packing, queries)
 
     def finish(self, room: int) -> tuple[Tensor, Cache | Stack]:
         """The layers that are left: logits [B, vocab] of the last rows, and the cache of all."""

@@ -93,6 +93,12 @@ def test_json_is_one_object(capsys):
     assert "vision" in data["timings"]
 
 
+def test_weights_of_few_bits(capsys):
+    code, out, err = call(QUESTION, "--image", SCENE, "--quantize", "int8", capsys=capsys)
+    assert (code, out) == (0, f"{ANSWER}\n")
+    assert "MB of weights, int8 in the decoder, float32 on cpu" in err
+
+
 def test_options_reach_the_engine(capsys):
     arguments = ("--image", SCENE, "--json", "--max-ratio", 0.05, "--max-new-tokens", 5)
     _, out, _ = call(QUESTION, *arguments, "--min-tokens", 1, capsys=capsys)
@@ -226,6 +232,7 @@ ERRORS = {
     "no room": (lambda t: ("x", "--max-new-tokens", 0), 2, "max_new_tokens 0"),
     "device": (lambda t: ("x", "--device", "cuda:1"), 2, "no CUDA here"),
     "dtype": (lambda t: ("x", "--dtype", "fp8"), 2, "unknown dtype 'fp8'"),
+    "quantize": (lambda t: ("x", "--quantize", "int3"), 2, "invalid choice: 'int3'"),
     "backend": (lambda t: ("x", "--backend", "cuda"), 2, "unknown backend 'cuda'"),
     "overlay folder": (lambda t: ("--overlay", t / "no" / "o.png"), 2, "there is no folder"),
     "overlay is a folder": (lambda t: ("--overlay", t), 2, "is a folder"),

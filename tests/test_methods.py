@@ -157,10 +157,12 @@ class Staged(Method):
         return Choice(torch.arange(count) % 3 != 1)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
 @pytest.mark.parametrize("kv_drop", ["all", "later"])
-def test_a_method_may_look_several_times(engine, monkeypatch, kv_drop):
+def test_a_method_may_look_several_times(engine, monkeypatch, kv_drop, inside):
     """Against layers that run one by one, each with keys and values of its own."""
     monkeypatch.setitem(METHODS, "staged", Staged())
+    monkeypatch.setattr(Staged, "needs_hidden", not inside)
     prompt = prompt_of(engine, 4, *GRIDS, 5)
     ours = engine.prefill(prompt, "staged", kv_drop=kv_drop)
     batch = Batch.of([prompt], engine.config, engine.device)
@@ -206,6 +208,42 @@ def test_a_method_may_look_several_times(engine, monkeypatch, kv_drop):
     assert ours.budgets.input_ratio == pytest.approx(left[1] / total)
     cached = expected if kv_drop == "later" else left[3] / total
     assert ours.budgets.decode_kv_ratio == pytest.approx(cached)
+
+
+INSIDE = [name for name, method in METHODS.items() if not method.needs_hidden]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("kv_drop", ["all", "later"])
+def test_pruning_inside_a_layer_is_pruning_after_it(engine, monkeypatch, name, kv_drop):
+    """Bit for bit, in a batch; and only what survives goes through the rest of the layer."""
+    prompts = [prompt_of(engine, 4, GRIDS[0], 5), prompt_of(engine, 1, *GRIDS, 2, seed=2)]
+    masks = [torch.arange(sum(h * w // 4 for _, h, w in p.grids)) % 5 == 0 for p in prompts]
+    options = {"evidence": masks, "max_ratio": 0.8, "kv_drop": kv_drop, "seed": 3}
+    rows = []
+    (stop,) = METHODS[name].stops(engine)
+    mlp = engine.decoder.layers[stop - 1].mlp
+    monkeypatch.setattr(type(mlp), "__call__", lambda own, x: _counted(own, x, mlp, rows))
+    inside = engine.prefill_many(prompts, name, **options)
+    monkeypatch.setattr(type(METHODS[name]), "needs_hidden", True)
+    after = engine.prefill_many(prompts, name, **options)
+    total, left = sum(map(len, prompts)), inside.positions.shape[1]
+    assert rows == [left, total + (len(prompts) if name == "glimpse" else 0)]
+    assert left < total
+    assert torch.equal(inside.kept, after.kept)
+    assert torch.equal(inside.logits, after.logits)
+    for layer in range(6):
+        for sequence in range(2):
+            for ours, theirs in zip(
+                inside.cache.layer(layer, sequence), after.cache.layer(layer, sequence), strict=True
+            ):
+                assert torch.equal(ours, theirs)
+
+
+def _counted(own, x, watched, rows):
+    if own is watched:
+        rows.append(len(x))
+    return own.forward(x)
 
 
 def _step(engine, token, position, held):

@@ -70,6 +70,9 @@ def test_attention_of_some_rows(causal):
     some = TORCH.attention(q[rows], k, v, Packing([5, 6]), causal=causal, queries=queries)
     every = attention_by_rows(q, k, v, (5, 6), causal)
     torch.testing.assert_close(some, every[rows])
+    all_of_them = Queries(Packing([5, 6]), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]))
+    same = TORCH.attention(q, k, v, Packing([5, 6]), causal=causal, queries=all_of_them)
+    torch.testing.assert_close(same, every)
 
 
 @pytest.mark.parametrize("some", [False, True])

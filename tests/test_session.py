@@ -589,7 +589,7 @@ def test_methods_that_rate_by_the_question_rate_by_the_last_one(nano):
     prompt = nano.prompt(SCENES[1], "Why is it?", history=[("What?", "That.")])
     batch = Batch.of([prompt], nano.config, torch.device("cpu"))
     nothing = dict.fromkeys(Look.__dataclass_fields__)
-    look = Look(**nothing | {"engine": nano, "batch": batch, "hidden": torch.empty(0)})
+    look = Look(**nothing | {"engine": nano, "batch": batch, "visual": torch.empty(0)})
     text = nano.processor.decode(batch.token_ids[look.question(0)].tolist())
     assert text.endswith("Why is it?")
     assert "What" not in text

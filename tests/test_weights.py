@@ -283,14 +283,14 @@ def test_a_folder_without_glimpse_weights(folder, tmp_path):
         load(folder, glimpse=tmp_path, device="cpu")
 
 
-def write_adapter(folder, rank=3, width=48, **config):
+def write_adapter(folder, rank=3, width=48, down=72, **config):
     folder.mkdir()
     stem = "base_model.model.model.layers.2.self_attn.v_proj"
     other = "base_model.model.model.language_model.layers.3.mlp.down_proj"
     tensors = {
         f"{stem}.lora_A.weight": torch.randn(rank, width),
         f"{stem}.lora_B.weight": torch.randn(16, rank),
-        f"{other}.lora_A.weight": torch.randn(rank, 72),
+        f"{other}.lora_A.weight": torch.randn(rank, down),
         f"{other}.lora_B.weight": torch.randn(width, rank),
     }
     save_file(tensors, folder / "adapter_model.safetensors")

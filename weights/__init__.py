@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config
 from ..decoder import Decoder
@@ -61,8 +61,12 @@ def load_model(
     device: torch.device,
     adapter: Adapter | None,
     progress: Progress,
+    quantize: str | None = None,
 ) -> tuple[VisionEncoder, Decoder]:
     """Vision encoder and decoder of the checkpoint in `folder`, a LoRA adapter merged into them.
+
+    With `quantize`, of `kernels.quantized`, each matrix of the decoder becomes one of few bits when
+    its last tensor has been read, so that the dense model is never in memory.
 
     Raises:
         NanoglimpseError: a file or tensor is missing, broken, unknown or misshapen.
@@ -74,6 +78,16 @@ def load_model(
     table = parts(model)
     # A tied checkpoint may still carry its head, and old ones their rotary frequencies.
     unused = {"lm_head.weight"} if config.tie_word_embeddings else set()
+
+    def whole(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if adapter:
+            merge(name, tensor, adapter, table)
+        own = name.removeprefix("decoder.")
+        if quantize is None or own == name:
+            return {name: tensor}
+        parts_of = decoder.quantize(own, tensor, quantize)
+        return {f"decoder.{leaf}": part for leaf, part in parts_of.items()}
+
     fill(
         model,
         stream(shards(folder), progress),
@@ -81,7 +95,6 @@ def load_model(
         lambda name: name in unused or name.endswith("rotary_emb.inv_freq"),
         dtype,
         device,
+        whole,
     )
-    if adapter:
-        merge(model, adapter, table)
     return vision, decoder

@@ -4,6 +4,7 @@ A model is built on the meta device. Each parameter is allocated on its device w
 arrives, and tensors are cast and copied into their rows of it one at a time: nothing is held twice.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -77,6 +78,7 @@ def fill(
     unused: Callable[[str], bool],
     dtype: torch.dtype,
     device: torch.device,
+    whole: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, tensor: {name: tensor},
 ) -> None:
     """Loads every parameter of `module`, which lies on the meta device, frozen.
 
@@ -85,12 +87,15 @@ def fill(
         source: (file, name, tensor).
         table: canonical tensor name to its rows of a parameter.
         unused: says which tensors the model has no use for by design.
+        whole: called with each parameter once all its tensors are there; says what `module` is to
+            hold for it.
 
     Raises:
         NanoglimpseError: a tensor is missing, unknown, or of another shape than its parameter.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     missing, state, file = dict(table), {}, ""
+    ready, left = {}, Counter(part.name for part in table.values())
     for file, raw_name, tensor in source:
         name = canonical(raw_name)
         if unused(name):
@@ -101,12 +106,15 @@ def fill(
         if part.name not in state:
             state[part.name] = torch.empty(shapes[part.name], dtype=dtype, device=device)
         put(state[part.name][part.start : part.stop], tensor, f"{file}: tensor '{raw_name}'")
+        left[part.name] -= 1
+        if not left[part.name]:
+            ready |= whole(part.name, state.pop(part.name))
     if missing:
         raise NanoglimpseError(
             f"{file}: {len(missing)} tensors are missing, the first is '{min(missing)}'"
         )
     module.requires_grad_(False)
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict(ready, strict=True, assign=True)
 
 
 def put(target: Tensor, tensor: Tensor, what: str) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import read_json
 from ..errors import NanoglimpseError
@@ -68,23 +68,25 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(file, alpha / (rank**0.5 if config.get("use_rslora") else rank), matrices)
 
 
-def merge(module: nn.Module, adapter: Adapter, table: dict[str, Part]) -> None:
-    """Adds an adapter to the weights of a loaded module.
+def merge(name: str, parameter: Tensor, adapter: Adapter, table: dict[str, Part]) -> None:
+    """Adds an adapter to one parameter.
 
     Args:
-        module: whose parameters `table` names.
+        name: of the parameter, as `table` has it.
+        parameter: is changed in place.
         adapter: from `read_adapter`.
         table: canonical tensor name to its rows of a parameter.
 
     Raises:
         NanoglimpseError: the adapter was trained on another base.
     """
-    parameters = dict(module.named_parameters())
     for layer, (a, b) in adapter.matrices.items():
         part = table.get(f"{layer}.weight")
         if part is None:
             raise NanoglimpseError(f"{adapter.file}: this model has no layer '{layer}'")
-        weight = parameters[part.name][part.start : part.stop]
+        if part.name != name:
+            continue
+        weight = parameter[part.start : part.stop]
         if (len(b), a.shape[1]) != tuple(weight.shape):
             raise NanoglimpseError(
                 f"{adapter.file}: '{layer}' is {len(weight)} × {weight.shape[1]} here but "

@@ -43,7 +43,8 @@ class Look:
         engine: the model.
         stage: which of the method's stops this is, from 0.
         batch: the prompts as they are now.
-        hidden: [T, C], the prompts' rows as the next layer would see them.
+        hidden: [T, C], the prompts' rows as the next layer would see them; None for a method that
+            does not need them.
         source: [N before any stop, C], all visual tokens from the vision encoder.
         source_counts: how many of them each prompt has.
         visual: [N, C], those that are left.
@@ -59,7 +60,7 @@ class Look:
     engine: "Engine"
     stage: int
     batch: Batch
-    hidden: Tensor
+    hidden: Tensor | None
     source: Tensor
     source_counts: list[int]
     visual: Tensor
@@ -133,7 +134,7 @@ class Look:
         ends = [i for i, token in enumerate(ids) if token in self.engine.eos_token_id]
         begin = ends[-2] + 1 if len(ends) > 1 else 0
         stop = ends[-1] if ends and ends[-1] > begin else len(ids)
-        return torch.arange(first + begin, first + stop, device=self.hidden.device)
+        return torch.arange(first + begin, first + stop, device=self.visual.device)
 
     def attention(self, layer: int) -> Tensor:
         """[N], the asking row's softmax attention to the visual tokens, the mean over heads."""
@@ -152,11 +153,14 @@ class Method:
         name: to choose it by.
         about: a line: what it is, where it acts, its source.
         capped: it keeps the best of what `max_ratio` allows, and so needs one.
+        needs_hidden: it looks at `Look.hidden`. If not, it looks inside the last layer before a
+            stop, which only what it keeps goes through to the end: exact, and nearly a layer less.
     """
 
     name: str
     about: str
     capped: bool = True
+    needs_hidden: bool = True
 
     def stops(self, engine: "Engine") -> Sequence[int]:
         """Numbers of layers after which it looks, ascending; 0 is before the decoder."""
@@ -211,6 +215,7 @@ class AttentionMethod(Method):
     about: str
     layers: int | None = None
     capped: bool = field(default=True, init=False)
+    needs_hidden: bool = field(default=False, init=False)
 
     def stops(self, engine: "Engine") -> Sequence[int]:
         """After the layer that is read."""

@@ -1,0 +1,163 @@
+"""bench.py on a tiny shape: what it prints, what it refuses, and that its costs are right."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanoglimpse import load
+from nanoglimpse.config import read_config
+from nanoglimpse.cost import Work, paper_prefill
+
+from .test_methods import prompt_of
+from .tiny import config_dict
+
+ROOT = Path(__file__).parent.parent
+GRID = (1, 12, 18)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.SIDE, module.READ = {"cpu": 128}, 2**20  # the roofs do not matter here
+    return module
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory):
+    file = tmp_path_factory.mktemp("shape") / "config.json"
+    file.write_text(
+        json.dumps(
+            config_dict(
+                hidden_size=64,
+                out_hidden_size=64,
+                intermediate_size=128,
+                num_attention_heads=8,
+                vocab_size=144,
+            )
+        )
+    )
+    return file
+
+
+def call(bench, shape, capsys, *more):
+    arguments = ["--shape", shape, "--dtype", "float32", "--device", "cpu", "--text", 12]
+    arguments += ["--visual-tokens", 24, "--rounds", 1, "--new", 4, *more]
+    code = bench.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_arms_side_by_side(bench, shape, capsys, tmp_path):
+    figure = tmp_path / "figure.png"
+    options = ("--retain", 1, 0.25, "--batch", 1, 2, "--plot", figure)
+    code, out, _ = call(bench, shape, capsys, *options)
+    assert code == 0
+    summary = json.loads(out.splitlines()[-1])
+    assert {"torch", "commit", "matrix_gflops", "read_gb_per_s"} <= summary["machine"].keys()
+    assert [case["batch"] for case in summary["cases"]] == [1, 2]
+    for case in summary["cases"]:
+        dense, pruned, peer = case["arms"].values()
+        assert list(case["arms"])[:2] == ["dense", "pruned to 25.0%"]
+        assert list(case["arms"])[2].startswith("transformers")
+        assert dense["kv_rows"] == 6 * case["batch"] * (24 + 12 + 2)
+        assert pruned["kv_rows"] == 6 * case["batch"] * (6 + 12 + 2)
+        stages = {"preprocess", "vision", "prefill < 4", "score", "keep", "prefill ≥ 4", "lm_head"}
+        assert stages | {"first token", "a token", "end to end"} <= pruned.keys()
+        assert peer["ms"]["first token"] > 0
+        assert pruned["a token"]["p20"] <= pruned["a token"]["p80"]
+        assert dense["a token"]["floor_ms"] > pruned["a token"]["floor_ms"]
+        assert set(case["ratios"]["a token"]) >= {"engine", "engine_ceiling", "pruned to 25.0%"}
+    assert "paper's convention" in out
+    assert "times as fast as dense" in out.splitlines()[-2]
+    with Image.open(figure) as image:
+        assert len(image.getcolors(10**6)) > 5
+
+
+def test_nothing_is_timed_that_computes_wrong(bench, shape, capsys, monkeypatch):
+    """Here: a pruned model whose surviving rows attend to nothing."""
+    monkeypatch.setattr("nanoglimpse.decoder.Block.attend_some", lambda self, hidden, *rest: hidden)
+    code, out, _ = call(bench, shape, capsys, "--retain", 0.25, "--alone")
+    assert code == 1
+    assert "not timed, it computes wrong: " in out
+    assert "GFLOP " not in out
+    assert json.loads(out.splitlines()[-1])["cases"] == []
+
+
+def test_the_gate_holds_transformers_beside(bench, shape, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "nanoglimpse.decoder.Decoder.logits", lambda self, hidden: hidden.new_ones(len(hidden), 144)
+    )
+    code, out, _ = call(bench, shape, capsys, "--retain", 1)
+    assert code == 1
+    assert "logits from transformers' differ" in out
+
+
+def test_operations_alone(bench, shape, capsys):
+    code, out, _ = call(bench, shape, capsys, "--kernels")
+    assert code == 0
+    entries = json.loads(out.splitlines()[-1])["kernels"]
+    assert {"prefill attention", "cache keep"} <= {entry["name"] for entry in entries}
+    assert all(entry["ms"] > 0 < entry["of_roof"] for entry in entries)
+
+
+def test_accuracy_in_few_bits(bench, shape, capsys):
+    code, out, _ = call(bench, shape, capsys, "--quantize", "int8", "--alone", "--retain", 1)
+    assert code == 0
+    errors = json.loads(out.splitlines()[-1])["accuracy"]
+    assert 0 < errors["int8"] < 0.2
+    assert 0 < errors["bfloat16"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--retain", "0"), "retain"),
+        (("--new", "1"), "new at least 2"),
+        (("--shape", "no.json"), "no.json"),
+        (("--device", "tpu"), "unknown device"),
+    ],
+)
+def test_misuse_is_one_line(bench, shape, capsys, options, words):
+    code, out, err = call(bench, shape, capsys, *options)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_the_papers_figures():
+    """Prefill of 5,074 rows by the formula of the official cal_flops.py."""
+    for name, expected in (("3b", 35.75e12), ("7b", 76.55e12)):
+        config = read_config(ROOT / "tests" / "configs" / f"qwen2.5-vl-{name}.json")
+        depth = config.text_config.num_hidden_layers
+        assert paper_prefill(config, depth, 5074, 0) == pytest.approx(expected, rel=2e-4)
+
+
+def test_products_are_counted_as_torch_counts_them(tiny_folder):
+    """Matrix products of both towers; attention is left to its own formula."""
+    engine = load(tiny_folder, dtype="float32", device="cpu", backend="torch")
+    prompt = prompt_of(engine, 5, GRID, 7)
+    rows, visual = len(prompt), int(prompt.visual.sum())
+    work = Work(engine, prompt.grids, rows, visual, 1)
+
+    def products(call) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counts = counter.get_flop_counts()["Global"]
+        return sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+    vision = products(lambda: engine.vision(prompt.patches, prompt.grids))
+    # Windows of 4 × 4 visual tokens in a grid of 6 × 9, and two blocks that see all 216 patches.
+    windows = 2 * 64**2 + 2 * 32**2 + 16**2 + 8**2
+    attention = 4 * (3 * windows + 2 * 216**2) * engine.config.vision_config.hidden_size
+    assert vision == work.vision().flops - attention
+    both = products(lambda: engine.prefill(prompt, "dense"))
+    seen = 5 * rows * (rows + 1) / 2 + rows + 1
+    attention = 4 * seen * engine.config.text_config.hidden_size
+    expected = work.prefill(0, rows).flops + work.head().flops - attention
+    assert both - vision == pytest.approx(expected)
