@@ -4,7 +4,7 @@ The pruning step is control flow here and nowhere else: `prefill_many` reads as 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Rope, select
+from .many import Item, Many, Outcome
 from .methods import METHODS, Choice, Look, Method
 from .processor import Picture, Processor, Prompt, TextStream, pack
 from .reading import KV_DROPS, Reading
@@ -207,6 +208,7 @@ class Engine:
         known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
         probe, reads = pruner.probe(self), pruner.reads(self)
         choice, traced = Choice(), None
+        stages = [(0, batch.visual_counts)]
 
         watch = Watch(pruner.watches(self))
         visual, taps = self.vision(patches, batch.all_grids, self._taps(pruner), watch)
@@ -236,6 +238,7 @@ class Engine:
             clock.lap("score")
             traced = reading.prompts if trace else None
             reading.keep(choice.kept, choice.values, kv_drop, max_new_tokens)
+            stages.append((stop, reading.batch.visual_counts))
             clock.lap("keep")
         first = reading.layers
         logits, cache = reading.finish(max_new_tokens)
@@ -253,6 +256,7 @@ class Engine:
             logits=logits,
             cache=cache,
             budgets=Budgets.of(*reading.budget(), len(visual)),
+            stages=stages,
             batch=batch,
             clock=clock,
         )
@@ -395,6 +399,51 @@ class Engine:
         for _ in stream:
             pass
         return stream.answer
+
+    def answers(
+        self,
+        items: Iterable[Item],
+        *,
+        max_batch_tokens: int = 8192,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+        prompt_options: dict | None = None,
+        **prefill_options,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Answers to many questions as they finish, with the number of each.
+
+        Every answer is that of `ask`. A question whose pictures cannot be used, or that is too
+        long, gets its error for an answer and leaves the others alone.
+
+        Args:
+            items: (images, question) each, as `ask` takes them; opened when their turn comes.
+            max_batch_tokens: rows that are read at once, and that the cache holds; a prompt counts
+                as its tokens and `max_new_tokens`. One that is longer alone runs alone.
+            max_new_tokens, ignore_eos, sampling, prompt_options: as `stream`.
+            prefill_options: method, max_ratio and the other arguments of `prefill_many` that hold
+                for all prompts.
+
+        Raises:
+            UsageError: an option makes no sense, whatever the question.
+        """
+        return iter(
+            Many(
+                self,
+                items,
+                max_batch_tokens=max_batch_tokens,
+                max_new_tokens=max_new_tokens,
+                ignore_eos=ignore_eos,
+                sampling=sampling,
+                prompt_options=prompt_options or {},
+                prefill_options=prefill_options,
+            )
+        )
+
+    def ask_many(self, items: Iterable[Item], **options) -> list[Outcome]:
+        """Answers to many questions in their order; arguments as `answers`."""
+        found = dict(self.answers(items, **options))
+        return [found[index] for index in range(len(found))]
 
 
 class Stream:

@@ -84,6 +84,7 @@ class Prefill:
         logits: [vocab] of the last row; [B, vocab] for several prompts.
         cache: all layers, T' rows.
         budgets: of all prompts together.
+        stages: (layer, visual tokens of each prompt that it and those behind it process).
         batch: the prompts as they were packed, before pruning.
     """
 
@@ -98,6 +99,7 @@ class Prefill:
     logits: Tensor
     cache: Cache | Stack
     budgets: Budgets
+    stages: list[tuple[int, list[int]]]
     batch: Batch = field(repr=False)
     clock: Clock = field(repr=False)
     _state: Any = field(init=False, repr=False)
@@ -109,6 +111,16 @@ class Prefill:
     def timings(self) -> dict[str, float]:
         """Milliseconds of each stage, in order."""
         return self.clock.milliseconds()
+
+    def budgets_of(self, prompt: int, cached: Sequence[int]) -> Budgets:
+        """The budgets of one prompt of several; `cached` are its visual rows in each layer."""
+        ends = [layer for layer, _ in self.stages[1:]] + [len(cached)]
+        processed = [
+            counts[prompt]
+            for (first, counts), end in zip(self.stages, ends, strict=True)
+            for _ in range(first, end)
+        ]
+        return Budgets.of(processed, cached, self.batch.visual_counts[prompt])
 
     def rewind(self, room: int) -> Cache | Stack:
         """The cache as the prefill left it, with room for more rows in every sequence."""
