@@ -1,6 +1,7 @@
 """Command line: `python -m nanoglimpse.generate "What does the sign say?" --image street.jpg`.
 
-The answer goes to stdout as it is made, everything else to stderr.
+The answer goes to stdout as it is made, everything else to stderr. `--batch-file` asks the
+questions of a file instead, many at a time.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from . import __version__
+from .batchfile import Counter, Results, read_questions
 from .engine import Engine, find_method, load
 from .errors import NanoglimpseError, UsageError
 from .methods import METHODS
@@ -79,6 +82,22 @@ def parser() -> Parser:
     text.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
     text.add_argument("--seed", type=int, help="makes sampling repeatable")
 
+    batch = p.add_argument_group("many questions")
+    batch.add_argument(
+        "--batch-file",
+        metavar="JSONL",
+        help='a line each: {"image": path, [paths] or null, "question": text}',
+    )
+    batch.add_argument(
+        "--output", metavar="JSONL", help="where results go; what is there is not asked again"
+    )
+    batch.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=8192,
+        help="rows read at once, and held for answers (default: 8192)",
+    )
+
     run = p.add_argument_group("running")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     run.add_argument(
@@ -100,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"{name:10}  {method.about}" for name, method in METHODS.items()))
         return 0
     try:
-        return run(args)
+        return run_file(args) if args.batch_file else run(args)
     except NanoglimpseError as error:
         return _fail(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
@@ -129,44 +148,26 @@ def _out_of_memory(args: argparse.Namespace, reason: str) -> str:
     detail = reason.partition("\n")[0].partition(". ")[0]
     return (
         f"not enough memory for {args.model} ({detail or 'allocation failed'}); use smaller "
-        "pictures (--max-pixels), a smaller model, or --dtype bfloat16"
+        "pictures (--max-pixels), fewer --max-batch-tokens, a smaller model, or --dtype bfloat16"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Loads, asks, prints. Raises what `main` turns into lines."""
+    if args.output:
+        raise UsageError("--output is where the results of a --batch-file go; none is given")
     images, question = _task(args)
-    sampling = Sampling(
-        args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
-    )
+    sampling = _sampling(args)
     _check_early(args, images)
-    note = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
-    started = time.perf_counter()
-    engine = load(
-        args.model,
-        glimpse=args.glimpse,
-        adapter=args.adapter,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        progress=(lambda done, total: None) if args.quiet else Progress(args.model),
-    )
-    note(f"model       {_describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
+    note = _note(args)
+    engine = _load(args)
     stream = engine.stream(
         images,
         question,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
-        prompt_options={
-            "system": args.system,
-            "min_pixels": args.min_pixels,
-            "max_pixels": args.max_pixels,
-        },
-        method=args.method,
-        kv_drop=args.kv_drop,
-        threshold=args.threshold,
-        max_ratio=args.max_ratio,
-        min_tokens=args.min_tokens,
+        prompt_options=_prompt_options(args),
+        **_prefill_options(args),
     )
     interrupted = False
     try:
@@ -187,6 +188,101 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
+def run_file(args: argparse.Namespace) -> int:
+    """Asks the questions of a file; 1 if any failed. Raises what `main` turns into lines."""
+    if args.question is not None or args.image or args.overlay:
+        raise UsageError("a --batch-file names questions and pictures itself, and has no --overlay")
+    _check_method(args)
+    sampling, output = _sampling(args), Path(args.output) if args.output else None
+    if output:
+        _check_writable(output, "results")
+    questions = read_questions(Path(args.batch_file))
+    results = Results(output, questions, _settings(args))
+    if results.left:
+        try:
+            _ask_all(args, results, sampling)
+        except KeyboardInterrupt:
+            again = "; the same command goes on from there" if output else ""
+            done = f"interrupted: {results.done} of {results.total} questions answered{again}"
+            return _fail(done, 130, args.debug)
+    _note(args)(f"questions   {results.done} of {results.total}")
+    if results.failed:
+        raise NanoglimpseError(
+            f"{results.failed} of {results.total} questions failed; their lines say why"
+        )
+    return 0
+
+
+def _ask_all(args: argparse.Namespace, results: Results, sampling: Sampling) -> None:
+    engine, note, count = _load(args), _note(args), Counter(results)
+    answers = engine.answers(
+        ((question.images, question.text) for question in results.left),
+        max_batch_tokens=args.max_batch_tokens,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        prompt_options=_prompt_options(args),
+        **_prefill_options(args),
+    )
+    for number, answer in answers:
+        question = results.left[number]
+        if isinstance(answer, NanoglimpseError):
+            results.add(question, {"error": str(answer)})
+            note(f"question {question.index}: {answer}")
+        else:
+            results.add(question, as_dict(engine, question.text, question.names, answer))
+        if not args.quiet:
+            count()
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """Options given that an answer depends on; all but those that say where things go."""
+    defaults = vars(parser().parse_args([]))
+    apart = {"batch_file", "output", "max_batch_tokens", "backend", "json", "quiet", "debug"}
+    return {k: v for k, v in vars(args).items() if k not in apart and v != defaults[k]}
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
+
+
+def _prompt_options(args: argparse.Namespace) -> dict:
+    return {
+        "system": args.system,
+        "min_pixels": args.min_pixels,
+        "max_pixels": args.max_pixels,
+    }
+
+
+def _prefill_options(args: argparse.Namespace) -> dict:
+    return {
+        "method": args.method,
+        "kv_drop": args.kv_drop,
+        "threshold": args.threshold,
+        "max_ratio": args.max_ratio,
+        "min_tokens": args.min_tokens,
+    }
+
+
+def _note(args: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    started = time.perf_counter()
+    engine = load(
+        args.model,
+        glimpse=args.glimpse,
+        adapter=args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        progress=(lambda done, total: None) if args.quiet else Progress(args.model),
+    )
+    took = time.perf_counter() - started
+    _note(args)(f"model       {_describe(engine)}, loaded in {took:.1f} s")
+    return engine
+
+
 def _task(args: argparse.Namespace) -> tuple[list[str], str]:
     """Pictures and question: those given, or the built-in ones if neither is."""
     if args.question is not None or args.image:
@@ -204,19 +300,24 @@ def _check_early(args: argparse.Namespace, images: list[str]) -> None:
     """What can be seen to be wrong before gigabytes of weights are read."""
     for image in images:
         open_picture(image).close()
+    _check_method(args)
+    if args.overlay:
+        _check_writable(Path(args.overlay), "overlay")
+
+
+def _check_method(args: argparse.Namespace) -> None:
     if args.method is not None:
         find_method(args.method, args.max_ratio)
-    if args.overlay:
-        _check_writable(Path(args.overlay))
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path, what: str) -> None:
+    parent = path.absolute().parent
     if path.is_dir():
-        raise UsageError(f"the overlay cannot be written: {path} is a folder")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"the overlay cannot be written: there is no folder {path.parent}")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"the overlay cannot be written: {path.absolute().parent} is read-only")
+        raise UsageError(f"{what} cannot be written: {path} is a folder")
+    if not parent.is_dir():
+        raise UsageError(f"{what} cannot be written: there is no folder {path.parent}")
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"{what} cannot be written: {parent} is read-only")
 
 
 class Progress:

@@ -1,15 +1,18 @@
 """Many questions at once: each answered as alone, rows handed on, errors kept apart, no leak."""
 
 import gc
+import json
 import tracemalloc
 
 import pytest
 import torch
+from PIL import Image
 
-from nanoglimpse import NanoglimpseError, Prompt, Sampling, UsageError, load
+from nanoglimpse import NanoglimpseError, Prompt, Sampling, UsageError, batchfile, generate, load
 from nanoglimpse.cache import Cache
 from nanoglimpse.kernels.ops import TORCH
 from nanoglimpse.many import Pool
+from nanoglimpse.weights import EMBEDDED
 
 from .tiny import chat_ids, patches_of
 
@@ -238,3 +241,234 @@ def test_many_short_questions_leave_no_memory_behind(engine):
     assert after[0] - before[0] < 32
     assert after[1] == before[1]
     assert after[2] - before[2] < 20000
+
+
+EXAMPLES = EMBEDDED["nano"] / "examples"
+SCENE, QUESTION = str(EXAMPLES / "scene_4.png"), "Which number is written on the red triangle?"
+
+
+@pytest.fixture
+def batch(tmp_path, capsys, monkeypatch, nano):
+    """Writes a file of questions and asks them: exit code, lines of the results, stderr."""
+    loads = []
+    monkeypatch.setattr(generate, "load", lambda *_, **__: loads.append(1) or nano)
+
+    class Batch:
+        path, output = tmp_path / "in" / "questions.jsonl", tmp_path / "results.jsonl"
+
+        def write(self, *rows):
+            self.path.parent.mkdir(exist_ok=True)
+            text = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+            self.path.write_text("".join(line + "\n" for line in text), encoding="utf-8")
+
+        def run(self, *options, to_file=True):
+            loads.clear()
+            where = ["--output", self.output] if to_file else []
+            arguments = ["--batch-file", self.path, *where, "--max-new-tokens", 12, *options]
+            code = generate.main([str(argument) for argument in arguments])
+            out = capsys.readouterr()
+            text = self.output.read_text() if to_file and self.output.exists() else out.out
+            return code, [json.loads(line) for line in text.splitlines()], out.err
+
+        @property
+        def loaded(self):
+            return bool(loads)
+
+    return Batch()
+
+
+ROWS = (
+    {"image": SCENE, "question": QUESTION, "id": 7},
+    {"image": None, "question": "What is “red”?"},
+    {"image": [SCENE, str(EXAMPLES / "scene_1.png")], "question": QUESTION, "boxes": []},
+)
+
+
+def test_a_file_of_questions_is_answered_as_each_alone(batch, nano):
+    batch.write(ROWS[0], "", *ROWS[1:])
+    code, lines, err = batch.run(to_file=False)
+    assert code == 0
+    assert "questions   3 of 3" in err
+    assert sorted(line["index"] for line in lines) == [0, 1, 2]
+    for line in lines:
+        row = ROWS[line["index"]]
+        images = [row["image"]] if isinstance(row["image"], str) else row["image"] or []
+        one = nano.ask(images, row["question"], max_new_tokens=12)
+        assert line["question"] == row["question"]
+        assert line["images"] == images
+        assert line.get("id") == row.get("id")
+        assert line["answer"] == one.text
+        assert line["tokens"] == one.token_ids
+        assert line["finish_reason"] == one.finish_reason
+        assert line["kept"] == one.kept.nonzero().flatten().tolist()
+        assert (line["visual_tokens"], line["kept_tokens"]) == (len(one.kept), int(one.kept.sum()))
+        assert line["settings"] == {"max_new_tokens": 12}
+
+
+def test_paths_count_from_the_folder_of_the_file(batch):
+    batch.path.parent.mkdir()
+    with Image.open(SCENE) as image:
+        image.save(batch.path.parent / "here.png")
+    batch.write({"image": "here.png", "question": QUESTION})
+    _, lines, _ = batch.run()
+    assert lines[0]["answer"] == "The number on the red triangle is 64."
+    assert lines[0]["images"] == ["here.png"]
+
+
+def test_failures_have_lines_and_are_asked_again(batch):
+    picture = batch.path.parent / "late.png"
+    long = {"image": None, "question": "word " * 5000}
+    batch.write(ROWS[0], {"image": "late.png", "question": QUESTION}, long, ROWS[1])
+    code, lines, err = batch.run()
+    assert code == 1
+    assert "2 of 4 questions failed" in err.splitlines()[-1]
+    errors = {line["index"]: line["error"] for line in lines if "error" in line}
+    assert errors.keys() == {1, 2}
+    assert "there is no picture" in errors[1]
+    assert "exceed the context of" in errors[2]
+    whole = {line["index"]: line for line in lines if "answer" in line}
+    assert whole.keys() == {0, 3}
+    picture.write_bytes(b"no picture")
+    assert "is not a picture" in {x["index"]: x for x in batch.run()[1]}[1]["error"]
+    with Image.open(SCENE) as image:
+        image.save(picture)
+    code, lines, err = batch.run()
+    assert code == 1
+    assert "1 of 4 questions failed" in err
+    found = {line["index"]: line for line in lines}
+    assert len(lines) == 4
+    assert found[1]["answer"] == "The number on the red triangle is 64."
+    assert {index: found[index] for index in whole} == whole
+
+
+def test_a_second_start_goes_on(batch, monkeypatch, nano):
+    """After Ctrl-C, and after a kill that left half a line; what is done is not asked again."""
+    batch.write(*ROWS)
+    answers = nano.answers
+
+    def stopped(*arguments, **options):
+        yield next(answers(*arguments, **options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nano, "answers", stopped)
+    code, lines, err = batch.run()
+    assert (code, len(lines)) == (130, 1)
+    assert "interrupted: 1 of 3 questions answered; the same command goes on" in err
+    first = lines[0]
+    with batch.output.open("a") as file:
+        file.write('{"index": 1, "answ')
+    asked = []
+
+    def watched(items, **options):
+        return answers((asked.append(item) or item for item in items), **options)
+
+    monkeypatch.setattr(nano, "answers", watched)
+    code, lines, err = batch.run()
+    assert code == 0
+    assert lines[0] == first
+    assert sorted(line["index"] for line in lines) == [0, 1, 2]
+    assert len(asked) == 2
+    before = batch.output.read_bytes()
+    assert batch.run()[0] == 0
+    assert not batch.loaded
+    assert batch.output.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "holds no question"),
+        (["{"], "line 1, is no JSON"),
+        ([ROWS[0], "[]"], "line 2, needs"),
+        ([{"image": None}], "line 1, needs"),
+        ([{"question": "What?"}], "text alone has null"),
+        ([{"image": 3, "question": "What?"}], "line 1: image is a path"),
+        ([{"image": ["a", 3], "question": "What?"}], "line 1: image is a path"),
+        ([{"image": None, "question": ""}], "line 1, needs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_with_mistakes_is_refused_before_any_work(batch, rows, words):
+    batch.write(*rows)
+    code, _, err = batch.run()
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert not batch.loaded
+    assert not batch.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-ratio", 0.5], r'settings {"max_new_tokens": 12}, now'),
+        (["--method", "magic"], "unknown method"),
+        (["--image", SCENE], "names questions and pictures itself"),
+        (["Why?"], "names questions and pictures itself"),
+        (["--output", "/nowhere/x.jsonl"], "results cannot be written: there is no folder"),
+        (["--temperature", -1], "temperature"),
+    ],
+    ids=str,
+)
+def test_a_start_that_does_not_fit_leaves_the_results_alone(batch, options, words):
+    batch.write(*ROWS)
+    batch.run()
+    before = batch.output.read_bytes()
+    code, _, err = batch.run(*options)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert not batch.loaded
+    assert batch.output.read_bytes() == before
+
+
+def test_results_of_other_questions_are_not_touched(batch):
+    batch.write(*ROWS)
+    batch.run()
+    before = batch.output.read_bytes()
+    batch.write(ROWS[1], ROWS[0], ROWS[2])
+    code, _, err = batch.run()
+    assert code == 2
+    assert "answers no question of this file; name another --output" in err
+    assert batch.output.read_bytes() == before
+    batch.output.write_bytes(batch.path.read_bytes())
+    assert batch.run()[0] == 2
+    assert batch.output.read_bytes() == batch.path.read_bytes()
+
+
+def test_a_missing_file_and_output_without_one(batch, capsys):
+    assert batch.run()[0] == 2
+    assert generate.main(["x", "--output", "r.jsonl", "--quiet"]) == 2
+    assert "of a --batch-file go; none is given" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(batch, monkeypatch):
+    opened = type(batch.output).open
+
+    def full(self, mode="r", *arguments, **options):
+        if mode == "a":
+            raise OSError(28, "No space left on device")
+        return opened(self, mode, *arguments, **options)
+
+    batch.write(*ROWS)
+    monkeypatch.setattr(type(batch.output), "open", full)
+    code, _, err = batch.run("--quiet")
+    assert code == 1
+    assert "results.jsonl cannot be written" in err
+    assert err.count("\n") == 1
+
+
+def test_progress_is_rewritten_on_a_terminal(capsys, monkeypatch):
+    questions = [batchfile.Question(i, [], [], "What?") for i in range(3)]
+    results = batchfile.Results(None, questions, {})
+    count = batchfile.Counter(results)
+    results.add(questions[0], {"error": "no"})
+    count()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    count()
+    assert capsys.readouterr().err == "\rquestions   1 of 3, 1 failed"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    monkeypatch.setattr(batchfile, "EVERY", 0.0)
+    count()
+    assert capsys.readouterr().err == "questions   1 of 3, 1 failed\n"
