@@ -172,6 +172,7 @@ class Engine:
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
         kv_drop: str = "all",
+        prune_videos: bool = True,
         seed: int | Sequence[int] = 0,
         evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
@@ -186,6 +187,8 @@ class Engine:
             max_new_tokens: room that the cache gets for the answer.
             kv_drop: "all": what is dropped leaves the cache of every layer, as in GlimpsePrune;
                 "later": of the layers that follow alone, as in the public code of other methods.
+            prune_videos: each clip by the rule for itself; if not, all its tokens stay, as in the
+                official code.
             seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
@@ -203,7 +206,7 @@ class Engine:
         self._check_context([len(prompt) for prompt in prompts], max_new_tokens)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
-        batch = Batch.of(prompts, self.config, self.device)
+        batch = Batch.of(prompts, self.config, self.device, prune_videos)
         patches = pack([prompt.patches for prompt in prompts]).to(self.device)
         known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
         probe, reads = pruner.probe(self), pruner.reads(self)
