@@ -13,7 +13,9 @@ from typing import Any
 
 from .errors import NanoglimpseError, UsageError
 from .files import write_whole
+from .video import Video
 
+KINDS = {"image", "video"}
 EVERY = 10.0  # seconds between two lines of progress where no line can be rewritten
 
 
@@ -23,8 +25,8 @@ class Question:
 
     Attributes:
         index: of the question in the file, from 0.
-        names: its pictures, as the file has them.
-        images: where they are.
+        names: its pictures, then its videos, as the file has them.
+        images, videos: where they are.
         text: what is asked.
         id: the file's own name for it, of any JSON type; None without.
     """
@@ -32,8 +34,13 @@ class Question:
     index: int
     names: list[str]
     images: list[Path]
+    videos: list[Path]
     text: str
     id: Any = None
+
+    def visuals(self, fps: float, max_frames: int) -> list[Path | Video]:
+        """Pictures, then videos."""
+        return [*self.images, *(Video(video, fps, max_frames) for video in self.videos)]
 
     @property
     def asked(self) -> dict:
@@ -45,7 +52,8 @@ class Question:
 def read_questions(path: Path) -> list[Question]:
     """The questions of a file: {"image": path, [paths] or null, "question": text, "id": any}.
 
-    Paths count from the file's folder. Blank lines do not count, and further keys are not read.
+    A video is named as "video", instead of a picture or beside it. Paths count from the file's
+    folder. Blank lines do not count, and further keys are not read.
 
     Raises:
         UsageError: there is no such file, or a line is no question; it says which.
@@ -74,16 +82,19 @@ def _rows(path: Path) -> list[tuple[int, Any]]:
 
 
 def _question(index: int, row: Any, path: Path, number: int) -> Question:
-    if not isinstance(row, dict) or "image" not in row or not _is_text(row.get("question")):
+    if not isinstance(row, dict) or not _is_text(row.get("question")) or not KINDS & set(row):
         raise UsageError(
             f'{path}, line {number}, needs {{"image": …, "question": "…"}}; text alone has null'
         )
-    image = row["image"]
-    names = [] if image is None else [image] if _is_text(image) else image
-    if not isinstance(names, list) or not all(map(_is_text, names)):
-        raise UsageError(f"{path}, line {number}: image is a path, a list of paths, or null")
-    images = [path.parent / name for name in names]
-    return Question(index, names, images, row["question"], row.get("id"))
+    names = {}
+    for kind in KINDS:
+        value = row.get(kind)
+        names[kind] = [] if value is None else [value] if _is_text(value) else value
+        if not isinstance(names[kind], list) or not all(map(_is_text, names[kind])):
+            raise UsageError(f"{path}, line {number}: {kind} is a path, a list of paths, or null")
+    images, videos = ([path.parent / name for name in names[kind]] for kind in ("image", "video"))
+    both = names["image"] + names["video"]
+    return Question(index, both, images, videos, row["question"], row.get("id"))
 
 
 def _is_text(value: Any) -> bool:

@@ -18,7 +18,7 @@ from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Rope, select
 from .many import Item, Many, Outcome
 from .methods import METHODS, Choice, Look, Method
-from .processor import Picture, Processor, Prompt, TextStream, pack
+from .processor import Processor, Prompt, TextStream, Visual, pack
 from .reading import KV_DROPS, Reading
 from .results import Answer, Budgets, Clock, Prefill, Stats, peak_bytes
 from .rope import mrope
@@ -147,8 +147,8 @@ class Engine:
 
     def prompt(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[Picture],
+        images: Visual | Sequence[Visual],
+        question: str | Sequence[Visual],
         **options,
     ) -> Prompt:
         """A prompt from pictures and a question; arguments as `Processor.prompt`."""
@@ -366,8 +366,8 @@ class Engine:
 
     def stream(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[Picture],
+        images: Visual | Sequence[Visual],
+        question: str | Sequence[Visual],
         *,
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
@@ -395,7 +395,7 @@ class Engine:
         )
 
     def ask(
-        self, images: Picture | Sequence[Picture], question: str | Sequence[Picture], **options
+        self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options
     ) -> Answer:
         """The answer to a question about pictures; arguments as `stream`."""
         stream = self.stream(images, question, **options)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,14 @@ from .processor import SYSTEM, open_picture
 from .reading import KV_DROPS
 from .results import Answer
 from .sampling import Sampling
+from .video import FPS, MAX_FRAMES, Video
 from .weights import EMBEDDED
 
 EXAMPLES = EMBEDDED["nano"] / "examples"
+
+
+class Clip(str):
+    """A path that was given as a video's."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,12 +58,29 @@ def parser() -> Parser:
     p.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
+    p.add_argument(
+        "--video",
+        action="append",
+        dest="image",
+        type=Clip,
+        metavar="PATH",
+        help="an animation (GIF, WebP, APNG) or a folder of frames; may be repeated, in any order "
+        "with --image",
+    )
+    p.add_argument(
+        "--fps", type=float, default=FPS, help=f"frames of videos a second (default: {FPS:g})"
+    )
+    p.add_argument(
+        "--max-frames", type=int, default=MAX_FRAMES, help=f"of a video (default: {MAX_FRAMES})"
+    )
     p.add_argument("--model", default="nano", help="'nano', a folder or a Hub id (default: nano)")
     p.add_argument("--glimpse", help="folder or Hub id of glimpse weights (default: MODEL/glimpse)")
     p.add_argument("--adapter", help="folder or Hub id of a LoRA adapter to merge (PEFT layout)")
     p.add_argument("--system", default=SYSTEM, help=f"system prompt (default: {SYSTEM})")
-    p.add_argument("--min-pixels", type=int, help="enlarge smaller pictures (default: model's)")
-    p.add_argument("--max-pixels", type=int, help="shrink larger pictures (default: model's)")
+    p.add_argument("--min-pixels", type=int, help="enlarge smaller ones (default: model's)")
+    p.add_argument(
+        "--max-pixels", type=int, help="shrink larger pictures, or frames (default: model's)"
+    )
 
     prune = p.add_argument_group("pruning")
     prune.add_argument(
@@ -72,6 +95,7 @@ def parser() -> Parser:
         default="all",
         help="what is dropped leaves the cache of all layers, or of later ones (default: all)",
     )
+    prune.add_argument("--keep-videos", action="store_true", help="prune images alone")
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
 
     text = p.add_argument_group("answer")
@@ -86,7 +110,7 @@ def parser() -> Parser:
     batch.add_argument(
         "--batch-file",
         metavar="JSONL",
-        help='a line each: {"image": path, [paths] or null, "question": text}',
+        help='a line each: {"image": path, [paths] or null, "question": text}; also "video"',
     )
     batch.add_argument(
         "--output", metavar="JSONL", help="where results go; what is there is not asked again"
@@ -104,7 +128,11 @@ def parser() -> Parser:
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
     run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
-    run.add_argument("--overlay", metavar="PNG", help="write a picture of what was kept")
+    run.add_argument(
+        "--overlay",
+        metavar="PNG",
+        help="write a picture of what was kept; to a .gif or .webp an animation",
+    )
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     run.add_argument("--quiet", action="store_true", help="no progress, no statistics")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -177,7 +205,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     answer = stream.answer
-    print(json.dumps(as_dict(engine, question, images, answer)) if args.json else "", flush=True)
+    names = [visual.name if isinstance(visual, Video) else visual for visual in images]
+    print(json.dumps(as_dict(engine, question, names, answer)) if args.json else "", flush=True)
     for line in report(answer):
         note(line)
     if interrupted:
@@ -216,7 +245,7 @@ def run_file(args: argparse.Namespace) -> int:
 def _ask_all(args: argparse.Namespace, results: Results, sampling: Sampling) -> None:
     engine, note, count = _load(args), _note(args), Counter(results)
     answers = engine.answers(
-        ((question.images, question.text) for question in results.left),
+        ((question.visuals(args.fps, args.max_frames), question.text) for question in results.left),
         max_batch_tokens=args.max_batch_tokens,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
@@ -260,6 +289,7 @@ def _prefill_options(args: argparse.Namespace) -> dict:
         "threshold": args.threshold,
         "max_ratio": args.max_ratio,
         "min_tokens": args.min_tokens,
+        "prune_videos": not args.keep_videos,
     }
 
 
@@ -283,12 +313,14 @@ def _load(args: argparse.Namespace) -> Engine:
     return engine
 
 
-def _task(args: argparse.Namespace) -> tuple[list[str], str]:
-    """Pictures and question: those given, or the built-in ones if neither is."""
+def _task(args: argparse.Namespace) -> tuple[list[str | Video], str]:
+    """Pictures, videos and question: those given, or the built-in ones if none is."""
     if args.question is not None or args.image:
         if not args.question:
             raise UsageError("a question is needed; put it in quotes behind the options")
-        return args.image, args.question
+        clip = partial(Video, fps=args.fps, max_frames=args.max_frames)
+        images = [clip(str(path)) if isinstance(path, Clip) else path for path in args.image]
+        return images, args.question
     built_in = json.loads((EXAMPLES / "built_in.json").read_text(encoding="utf-8"))
     if not args.quiet:
         print(f"picture     {EXAMPLES / built_in['image']}", file=sys.stderr)
@@ -296,10 +328,10 @@ def _task(args: argparse.Namespace) -> tuple[list[str], str]:
     return [str(EXAMPLES / built_in["image"])], built_in["question"]
 
 
-def _check_early(args: argparse.Namespace, images: list[str]) -> None:
+def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:
     """What can be seen to be wrong before gigabytes of weights are read."""
     for image in images:
-        open_picture(image).close()
+        image.check() if isinstance(image, Video) else open_picture(image).close()
     _check_method(args)
     if args.overlay:
         _check_writable(Path(args.overlay), "overlay")

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from .cache import Cache, Stack
 from .errors import NanoglimpseError, UsageError
-from .processor import Picture, Prompt
+from .processor import Prompt, Visual
 from .results import Answer, Prefill, Stats, peak_bytes
 from .sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-Item = tuple[Picture | Sequence[Picture], str | Sequence[Picture]]
+Item = tuple[Visual | Sequence[Visual], str | Sequence[Visual]]
 Outcome = Answer | NanoglimpseError
 
 

@@ -459,7 +459,7 @@ def test_a_full_disk_is_one_line(batch, monkeypatch):
 
 
 def test_progress_is_rewritten_on_a_terminal(capsys, monkeypatch):
-    questions = [batchfile.Question(i, [], [], "What?") for i in range(3)]
+    questions = [batchfile.Question(i, [], [], [], "What?") for i in range(3)]
     results = batchfile.Results(None, questions, {})
     count = batchfile.Counter(results)
     results.add(questions[0], {"error": "no"})
