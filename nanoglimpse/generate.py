@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; its exit code: 2 for misuse, 1 for failure, 130 if stopped."""
     args = parser().parse_args(arguments)
     if args.list_methods:
-        print("\n".join(f"{name:10}  {method.about}" for name, method in METHODS.items()))
+        print("\n".join(f"{name:11}  {method.about}" for name, method in METHODS.items()))
         return 0
     try:
         return run_file(args) if args.batch_file else run(args)

@@ -144,6 +144,15 @@ class Look:
         return torch.cat([part.softmax(0).mean(1) for part in parts])[self.batch.visual_rows]
 
 
+def solve(rising: Callable[[float], float], target: float) -> float:
+    """Where a function that rises on 0 to 1 reaches a target, from above; 1 if it does not."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return high
+
+
 class Method:
     """A pruning method. Objects hold options at most, no state of a run.
 
