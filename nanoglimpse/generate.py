@@ -243,9 +243,10 @@ def run_file(args: argparse.Namespace) -> int:
 
 
 def _ask_all(args: argparse.Namespace, results: Results, sampling: Sampling) -> None:
+    items = [(q.visuals(args.fps, args.max_frames), q.text) for q in results.left]
     engine, note, count = _load(args), _note(args), Counter(results)
     answers = engine.answers(
-        ((question.visuals(args.fps, args.max_frames), question.text) for question in results.left),
+        items,
         max_batch_tokens=args.max_batch_tokens,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
@@ -266,7 +267,7 @@ def _ask_all(args: argparse.Namespace, results: Results, sampling: Sampling) -> 
 def _settings(args: argparse.Namespace) -> dict:
     """Options given that an answer depends on; all but those that say where things go."""
     defaults = vars(parser().parse_args([]))
-    apart = {"batch_file", "output", "max_batch_tokens", "backend", "json", "quiet", "debug"}
+    apart = {"batch_file", "output", "max_batch_tokens", "json", "quiet", "debug"}
     return {k: v for k, v in vars(args).items() if k not in apart and v != defaults[k]}
 
 

@@ -112,7 +112,7 @@ def _stills(images: Sequence[Visual], answer: Answer, config: Config) -> Iterato
     for visual, grid in zip(images, answer.grids, strict=True):
         size, seconds = (grid[1] // merge, grid[2] // merge), STILL / 1000
         if isinstance(visual, Video):
-            frames, rate = visual.frames()
+            frames, rate = visual.frames(lambda frame, _: ImageOps.contain(frame, (PANEL, PANEL)))
             pictures, seconds = frames[::2], 2 / rate
         else:
             pictures = [load_picture(visual)]

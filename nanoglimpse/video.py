@@ -7,7 +7,7 @@ trained: 128 to 768 visual tokens a frame, less where a whole clip would exceed 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +34,8 @@ FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
 MIN_TOKENS, MAX_TOKENS, ALL_TOKENS = 128, 768, 115200
 # What browsers do with an animation that says 0.
 DEFAULT_DURATION = 100
+
+Fit = Callable[[Image.Image, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -69,58 +71,64 @@ class Video(Clip):
             path = Path(self.source)
             _files(path) if path.is_dir() else self._open(path).close()
 
-    def frames(self) -> tuple[list[Image.Image], float]:
+    def frames(self, fit: Fit = lambda frame, count: frame) -> tuple[list[Image.Image], float]:
         """RGB frames, all of one size, and how many of them make a second.
+
+        Args:
+            fit: is given every frame as it is read, and how many there will be, and returns what is
+                kept of it: hundreds of frames may be too large for memory as they are.
 
         Raises:
             UsageError: there are none, they differ in size, or the file is no animation.
             NanoglimpseError: a frame is damaged.
         """
         if not isinstance(self.source, str | Path):
-            return self._given(list(self.source))
+            return self._given(list(self.source), fit)
         path = Path(self.source)
-        return self._given(_files(path)) if path.is_dir() else self._animated(path)
+        return self._given(_files(path), fit) if path.is_dir() else self._animated(path, fit)
 
     def preprocess(
         self, min_pixels: int | None, max_pixels: int | None, config: PixelConfig
     ) -> tuple[Tensor, Grid, float]:
         """Patches fp32 [t · h · w, patch_dim], grid (t, h, w), and seconds a temporal patch."""
-        frames, rate = self.frames()
-        together, unit = config.temporal_patch_size, config.patch_size * config.merge_size
+        together, side = config.temporal_patch_size, config.patch_size
+
+        def fit(frame: Image.Image, count: int) -> Image.Image:
+            unit = side * config.merge_size
+            limits = _limits(count, unit, min_pixels, max_pixels, config)
+            height, width = smart_resize(frame.height, frame.width, unit, *limits)
+            return frame.resize((width, height), Image.Resampling.BICUBIC)
+
+        frames, rate = self.frames(fit)
         frames += frames[-1:] * (-len(frames) % together)
-        low, high = _limits(len(frames), unit, min_pixels, max_pixels, config)
-        height, width = smart_resize(frames[0].height, frames[0].width, unit, low, high)
-        grid = (1, height // config.patch_size, width // config.patch_size)
-        patches = [
-            patchify(
-                [
-                    frame.resize((width, height), Image.Resampling.BICUBIC)
-                    for frame in frames[first : first + together]
-                ],
-                grid,
-                config,
-            )
-            for first in range(0, len(frames), together)
-        ]
+        grid = (1, frames[0].height // side, frames[0].width // side)
+        starts = range(0, len(frames), together)
+        patches = [patchify(frames[i : i + together], grid, config) for i in starts]
         return torch.cat(patches), (len(patches), *grid[1:]), together / rate
 
-    def _given(self, pictures: Sequence[Picture]) -> tuple[list[Image.Image], float]:
+    def _given(self, pictures: Sequence[Picture], fit: Fit) -> tuple[list[Image.Image], float]:
         if not pictures:
             raise UsageError("a video needs at least one frame")
         total = len(pictures)
         count = total if total <= self.max_frames else _even(self.max_frames)
-        frames = [load_picture(pictures[i * total // count]) for i in range(count)]
-        if len({frame.size for frame in frames}) > 1:
-            raise UsageError(f"frames of a video are of one size; these differ: {self.name}")
+        frames, size = [], None
+        for number in range(count):
+            frame = load_picture(pictures[number * total // count])
+            if frame.size != (size := size or frame.size):
+                raise UsageError(f"frames of a video are of one size; these differ: {self.name}")
+            frames.append(fit(frame, count))
         return frames, self.fps * count / total
 
-    def _animated(self, path: Path) -> tuple[list[Image.Image], float]:
+    def _animated(self, path: Path, fit: Fit) -> tuple[list[Image.Image], float]:
         image = self._open(path)
         try:
             with image:
                 durations = _durations(image)
                 chosen = self._sample(durations)
-                return [_frame(image, i) for i in chosen], 1000 * len(chosen) / sum(durations)
+                frames = [fit(_frame(image, i), len(chosen)) for i in chosen]
+                return frames, 1000 * len(chosen) / sum(durations)
+        except UsageError:
+            raise  # of a frame's shape; it is a ValueError, too
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise NanoglimpseError(f"{path} is damaged or cannot be read: {error}") from None
 

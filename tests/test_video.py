@@ -120,6 +120,12 @@ def test_an_odd_number_of_frames_repeats_the_last(hf):
     assert odd[1:] == even[1:]
 
 
+def test_too_thin_a_video_says_so(tmp_path):
+    path = animation(tmp_path / "thin.gif", pictures(4, (3, 900)), 100)
+    with pytest.raises(UsageError, match=r"^a picture of 3 × 900 px is too thin"):
+        Video(path).preprocess(None, None, PixelConfig())
+
+
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
 def test_sources_give_the_same_frames(suffix, tmp_path):
     """An animation sampled at its own rate, a folder in the order of numbers, a list."""
@@ -473,6 +479,7 @@ def test_a_file_of_questions_may_name_videos(clip, tmp_path, capsys, monkeypatch
     assert lines[1]["grids"] == [[1, 4, 6], [2, 4, 6]]
     assert lines[1]["images"] == ["image.png", "clip.webp"]
     assert "there is no video" in lines[2]["error"]
+    assert call("--batch-file", file, "--fps", 0, "--quiet", capsys=capsys)[0] == 2
     one = nano.ask(Video(clip, max_frames=4), "What?", max_new_tokens=3, prompt_options=SMALL)
     assert lines[0]["tokens"] == one.token_ids
 
