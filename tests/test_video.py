@@ -390,6 +390,22 @@ def test_videos_may_be_left_whole_by_every_method(tiny, name):
         assert not bool(prefill.kept[~video].all())
 
 
+def test_a_video_left_whole_is_not_looked_at(tiny, monkeypatch):
+    """Methods that merge must not touch the tokens of a video that stays."""
+    sizes = []
+
+    def watched(x, count):
+        sizes.append(len(x))
+        return torch.arange(count)
+
+    monkeypatch.setattr("nanoglimpse.methods.divprune.diverse", watched)
+    prompt = prompt_of(tiny, (2, STILL, 1, CLIP, 1, STILL, 3))
+    tiny.prefill(prompt, "divprune", max_ratio=0.3, prune_videos=False)
+    assert sizes == [10, 10]
+    tiny.prefill(prompt, "divprune", max_ratio=0.3)
+    assert sizes[2:] == [10, 12, 12, 12, 10]
+
+
 def test_pools_of_a_batch_have_numbers_of_their_own(tiny):
     prompts = [prompt_of(tiny, parts) for parts in MIXED]
     batch = Batch.of(prompts, tiny.config, tiny.device)
