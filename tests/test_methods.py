@@ -535,7 +535,7 @@ def test_density_peaks():
 def test_density_peaks_in_tiles(monkeypatch):
     """The same in tiles as at once, down to ties, and as loops over the definition say."""
     x, clusters = torch.randn(61, 5), 7
-    x[40:44] = x[3]
+    x[40:44], x[50:53] = x[3], x[50].clone()
     centres, member = density_peaks(x, clusters)
     monkeypatch.setattr("nanoglimpse.methods.sparsevlm.TILE", 16)
     again = density_peaks(x, clusters)
@@ -711,6 +711,25 @@ def test_condensing_counts_and_means():
     assert torch.equal(values[20:], before[20:])
     assert condense(values, score, 30).tolist() == list(range(30))
     assert condense(values, score, 1).tolist() == [29]
+
+
+def test_polymorphic_goes_on_with_means(engine, monkeypatch):
+    """What a stage in the decoder makes of the rows that stay reaches the layers behind it."""
+    factor = 1.0
+
+    def scaled(values, score, allowed):
+        values *= factor
+        return torch.arange(min(allowed, len(values)))
+
+    monkeypatch.setattr("nanoglimpse.methods.polymorphic.condense", scaled)
+    monkeypatch.setattr(type(METHODS["polymorphic"]), "stops", lambda self, engine: [1, 2, 3, 4])
+    monkeypatch.setattr(
+        type(METHODS["polymorphic"]), "choose", lambda self, look: self._by_text(look, 0.5)
+    )
+    prompt = prompt_of(engine, 3, (1, 8, 10), 6)
+    same = engine.prefill(prompt, "polymorphic", max_ratio=0.5).logits
+    factor = 0.0
+    assert not torch.equal(engine.prefill(prompt, "polymorphic", max_ratio=0.5).logits, same)
 
 
 def test_polymorphic_falls_by_equal_shares(engine):

@@ -170,6 +170,13 @@ def test_frame_areas_are_those_of_qwen_vl_utils():
         _limits(8, unit, 60000, 50176, pixels)
 
 
+def test_a_long_clip_has_small_frames(monkeypatch):
+    frames = pictures(8, (560, 560))
+    assert Video(frames).preprocess(None, None, PixelConfig())[1] == (4, 40, 40)
+    monkeypatch.setattr("nanoglimpse.video.ALL_TOKENS", 4 * 225)
+    assert Video(frames).preprocess(None, None, PixelConfig())[1] == (4, 30, 30)
+
+
 def broken(tmp_path):
     path = animation(tmp_path / "broken.gif", pictures(4), 100)
     path.write_bytes(path.read_bytes()[:-400])
