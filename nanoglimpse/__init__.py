@@ -17,6 +17,7 @@ from .engine import Engine, load  # noqa: E402
 from .errors import NanoglimpseError, UsageError  # noqa: E402
 from .processor import Prompt  # noqa: E402
 from .sampling import Sampling  # noqa: E402
+from .video import Video  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "NanoglimpseError", "Prompt", "Sampling", "UsageError", "load"]
+__all__ = ["Engine", "NanoglimpseError", "Prompt", "Sampling", "UsageError", "Video", "load"]

@@ -22,9 +22,10 @@ class Batch:
         token_ids: int64 [T].
         positions: int64 [3, T].
         visual_rows: int64 [N], the rows that visual tokens take.
-        prunable: bool [N]; tokens of videos are not, as in the official code.
+        pools: int64 [N], tokens that compete for being kept have one number: those of a prompt's
+            images together, those of a video alone; -1 where all stay.
         grids: of each prompt.
-        image_sizes: (rows, columns) in visual tokens of each prompt's images, videos left out.
+        pool_sizes: (rows, columns) in visual tokens of each pool's images, or pairs of frames.
         counts: rows of each prompt.
         visual_counts: visual tokens of each prompt.
         next_position: int64 [B], the largest position of each prompt + 1.
@@ -35,9 +36,9 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     visual_rows: Tensor
-    prunable: Tensor
+    pools: Tensor
     grids: list[tuple[Grid, ...]]
-    image_sizes: list[list[tuple[int, int]]]
+    pool_sizes: list[list[tuple[int, int]]]
     counts: list[int]
     visual_counts: list[int]
     next_position: Tensor
@@ -45,19 +46,26 @@ class Batch:
     probe_rows: Tensor
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], config: Config, device: torch.device) -> "Batch":
-        """Packs prompts and moves them to the device."""
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        config: Config,
+        device: torch.device,
+        prune_videos: bool = True,
+    ) -> "Batch":
+        """Packs prompts and moves them to the device; without `prune_videos` all of these stay."""
         token_ids = torch.cat([prompt.token_ids for prompt in prompts])
         visual_rows = torch.cat([prompt.visual for prompt in prompts]).nonzero().flatten()
         counts = torch.tensor([len(prompt) for prompt in prompts])
         order = torch.arange(len(prompts))
+        pools, pool_sizes = _pools(prompts, config, prune_videos)
         return cls(
             token_ids=token_ids.to(device),
             positions=torch.cat([prompt.positions for prompt in prompts], dim=1).to(device),
             visual_rows=visual_rows.to(device),
-            prunable=(token_ids[visual_rows] == config.image_token_id).to(device),
+            pools=pools.to(device),
             grids=[prompt.grids for prompt in prompts],
-            image_sizes=[_image_sizes(prompt, config) for prompt in prompts],
+            pool_sizes=pool_sizes,
             counts=counts.tolist(),
             visual_counts=[
                 sum(visual_tokens(grid, config) for grid in prompt.grids) for prompt in prompts
@@ -71,6 +79,11 @@ class Batch:
     def all_grids(self) -> tuple[Grid, ...]:
         """The grids of all prompts in order."""
         return tuple(grid for grids in self.grids for grid in grids)
+
+    @property
+    def prunable(self) -> Tensor:
+        """Bool [N], the visual tokens that may go."""
+        return self.pools >= 0
 
     def with_probes(self, rows: Tensor, probes: Tensor | float) -> Tensor:
         """[T, …] and [B, …] as [T + B, …], every prompt followed by its probe."""
@@ -96,7 +109,7 @@ class Batch:
             token_ids=self.token_ids[rows],
             positions=self.positions[:, rows],
             visual_rows=stands[rows].nonzero().flatten(),
-            prunable=self.prunable[kept],
+            pools=self.pools[kept],
             counts=counts,
             visual_counts=[int(part.sum()) for part in kept.split(self.visual_counts)],
             prompt_rows=(torch.arange(len(rows)) + order.repeat_interleave(left)).to(rows.device),
@@ -104,14 +117,26 @@ class Batch:
         )
 
 
-def _image_sizes(prompt: Prompt, config: Config) -> list[tuple[int, int]]:
-    merge, placeholders = config.vision_config.spatial_merge_size, prompt.token_ids[prompt.visual]
-    sizes, first = [], 0
-    for grid in prompt.grids:
-        if int(placeholders[first]) == config.image_token_id:
-            sizes.append((grid[1] // merge, grid[2] // merge))
-        first += visual_tokens(grid, config)
-    return sizes
+def _pools(
+    prompts: Sequence[Prompt], config: Config, prune_videos: bool
+) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """Pool of every visual token, and the sizes of what each pool is made of."""
+    merge, numbers, sizes = config.vision_config.spatial_merge_size, [], []
+    for prompt in prompts:
+        stills, placeholders, first = -1, prompt.token_ids[prompt.visual].tolist(), 0
+        for grid in prompt.grids:
+            number, count = -1, visual_tokens(grid, config)
+            if placeholders[first] == config.video_token_id:
+                number = len(sizes) if prune_videos else -1
+            else:
+                number = stills = stills if stills >= 0 else len(sizes)
+            if number == len(sizes):
+                sizes.append([])
+            if number >= 0:
+                sizes[number] += [(grid[1] // merge, grid[2] // merge)] * grid[0]
+            numbers.append(torch.full((count,), number))
+            first += count
+    return torch.cat([torch.empty(0, dtype=torch.int64), *numbers]), sizes
 
 
 def last_rows(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .config import Config
 from .errors import NanoglimpseError, UsageError
-from .overlay import check_writable, save_overlay
+from .files import check_writable
+from .overlay import save_overlay
 from .results import Answer
 from .session import Session
 
@@ -137,7 +138,7 @@ class Chat:
         if self.last is None:
             raise UsageError("there is no answer yet that an overlay could show")
         path = Path(name).expanduser()
-        check_writable(path)
+        check_writable(path, "overlay")
         save_overlay(path, *self.last, self.session.engine.config)
         self.note(f"overlay     {path}")
 

@@ -4,7 +4,7 @@ The pruning step is control flow here and nowhere else: `prefill_many` reads as 
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from .errors import UsageError
 from .glimpse import Glimpse, Selection
 from .kernels.ops import Ops, Rope, select
 from .kernels.quantized import check as check_quantized
+from .many import Item, Many, Outcome
 from .methods import METHODS, Choice, Look, Method
-from .processor import Picture, Processor, Prompt, TextStream, pack
+from .processor import Processor, Prompt, TextStream, Visual, pack
 from .reading import KV_DROPS, Reading
 from .results import Answer, Clock, Prefill, Stats, peak_bytes
 from .rope import Grid, mrope
@@ -134,6 +135,7 @@ class Plan:
     method: Method
     rule: Selection
     kv_drop: str
+    prune_videos: bool
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,8 @@ class Engine:
 
     def prompt(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[Picture],
+        images: Visual | Sequence[Visual],
+        question: str | Sequence[Visual],
         **options,
     ) -> Prompt:
         """A prompt from pictures and a question; arguments as `Processor.prompt`."""
@@ -209,6 +211,7 @@ class Engine:
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
         kv_drop: str = "all",
+        prune_videos: bool = True,
         seed: int | Sequence[int] = 0,
         evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
@@ -223,6 +226,8 @@ class Engine:
             max_new_tokens: room that the cache gets for the answer.
             kv_drop: "all": what is dropped leaves the cache of every layer, as in GlimpsePrune;
                 "later": of the layers that follow alone, as in the public code of other methods.
+            prune_videos: each clip by the rule for itself; if not, all its tokens stay, as in the
+                official code.
             seed: of methods that draw, for all prompts or each.
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
@@ -231,11 +236,11 @@ class Engine:
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
-        plan = self.plan(method, threshold, max_ratio, min_tokens, anchors, kv_drop)
+        plan = self.plan(method, threshold, max_ratio, min_tokens, anchors, kv_drop, prune_videos)
         self.check_context([len(prompt) for prompt in prompts], max_new_tokens)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
-        batch = Batch.of(prompts, self.config, self.device)
+        batch = Batch.of(prompts, self.config, self.device, prune_videos)
         patches = pack([prompt.patches for prompt in prompts])
         known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
 
@@ -334,6 +339,7 @@ class Engine:
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         kv_drop: str = "all",
+        prune_videos: bool = True,
     ) -> Plan:
         """What `prefill_many` does with these arguments."""
         if kv_drop not in KV_DROPS:
@@ -341,7 +347,8 @@ class Engine:
         pruner = self._method(method, max_ratio)
         if max_ratio is not None and pruner.stops(self):
             max_ratio = pruner.share(self, max_ratio, kv_drop)
-        return Plan(pruner, self._selection(threshold, max_ratio, min_tokens, anchors), kv_drop)
+        rule = self._selection(threshold, max_ratio, min_tokens, anchors)
+        return Plan(pruner, rule, kv_drop, prune_videos)
 
     def taps(self, pruner: Method) -> Sequence[int]:
         """Vision blocks to tap: the predictor's, so that they can be looked at, or the method's."""
@@ -422,7 +429,7 @@ class Engine:
         sampler = Sampler(sampling or Sampling(), prompts, self.config.text_config.vocab_size)
         self.check_context(prefill.batch.counts, max_new_tokens)
         cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
-        rope = self._decode_rope(cache.next_position, max_new_tokens)
+        rope = self.decode_rope(cache.next_position, max_new_tokens)
         running = [True] * len(prompts)
         for step in range(max_new_tokens):
             tokens = sampler(logits)
@@ -437,7 +444,7 @@ class Engine:
             logits = self.decoder.step(tokens, rope[step], cache)
             cache.next_position = cache.next_position + 1
 
-    def _decode_rope(self, next_position: Tensor, steps: int) -> Rope:
+    def decode_rope(self, next_position: Tensor, steps: int) -> Rope:
         """Tables [steps, B, 1, D]: an answer advances on all three axes together."""
         positions = next_position + torch.arange(steps, device=self.device)[:, None]
         rope = mrope(positions.flatten().expand(3, -1), self.config.text_config)
@@ -446,8 +453,8 @@ class Engine:
 
     def stream(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[Picture],
+        images: Visual | Sequence[Visual],
+        question: str | Sequence[Visual],
         *,
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
@@ -473,7 +480,7 @@ class Engine:
         )
 
     def ask(
-        self, images: Picture | Sequence[Picture], question: str | Sequence[Picture], **options
+        self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options
     ) -> Answer:
         """The answer to a question about pictures; arguments as `stream`."""
         stream = self.stream(images, question, **options)
@@ -482,7 +489,7 @@ class Engine:
         return stream.answer
 
     def session(
-        self, images: Picture | Sequence[Picture], method: str | None = None, **options
+        self, images: Visual | Sequence[Visual], method: str | None = None, **options
     ) -> "Session":
         """Reads pictures once, for any number of questions; arguments as `Session.begin`."""
         from .session import Session  # which needs this module
@@ -498,6 +505,51 @@ class Engine:
         from .session_file import load_session  # which needs this module
 
         return load_session(self, path)
+
+    def answers(
+        self,
+        items: Iterable[Item],
+        *,
+        max_batch_tokens: int = 8192,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+        sampling: Sampling | None = None,
+        prompt_options: dict | None = None,
+        **prefill_options,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Answers to many questions as they finish, with the number of each.
+
+        Every answer is that of `ask`. A question whose pictures cannot be used, or that is too
+        long, gets its error for an answer and leaves the others alone.
+
+        Args:
+            items: (images, question) each, as `ask` takes them; opened when their turn comes.
+            max_batch_tokens: rows that are read at once, and that the cache holds; a prompt counts
+                as its tokens and `max_new_tokens`. One that is longer alone runs alone.
+            max_new_tokens, ignore_eos, sampling, prompt_options: as `stream`.
+            prefill_options: method, max_ratio and the other arguments of `prefill_many` that hold
+                for all prompts.
+
+        Raises:
+            UsageError: an option makes no sense, whatever the question.
+        """
+        return iter(
+            Many(
+                self,
+                items,
+                max_batch_tokens=max_batch_tokens,
+                max_new_tokens=max_new_tokens,
+                ignore_eos=ignore_eos,
+                sampling=sampling,
+                prompt_options=prompt_options or {},
+                prefill_options=prefill_options,
+            )
+        )
+
+    def ask_many(self, items: Iterable[Item], **options) -> list[Outcome]:
+        """Answers to many questions in their order; arguments as `answers`."""
+        found = dict(self.answers(items, **options))
+        return [found[index] for index in range(len(found))]
 
 
 class Stream:

@@ -1,6 +1,7 @@
 """Command line: `python -m nanoglimpse.generate "What does the sign say?" --image street.jpg`.
 
-The answer goes to stdout as it is made, everything else to stderr.
+The answer goes to stdout as it is made, everything else to stderr. `--batch-file` asks the
+questions of a file instead, many at a time.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,19 +19,26 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .batchfile import Counter, Results, read_questions
 from .chat import Chat
 from .engine import Engine, find_method, load
 from .errors import NanoglimpseError, UsageError
+from .files import check_writable
 from .kernels.quantized import KINDS as QUANTIZED
 from .methods import METHODS
-from .overlay import check_writable, save_overlay
+from .overlay import save_overlay
 from .processor import SYSTEM, open_picture
 from .reading import KV_DROPS
 from .results import Answer
 from .sampling import Sampling
+from .video import FPS, MAX_FRAMES, Video
 from .weights import EMBEDDED
 
 EXAMPLES = EMBEDDED["nano"] / "examples"
+
+
+class Clip(str):
+    """A path that was given as a video's."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,12 +66,29 @@ def parser() -> Parser:
     p.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
+    p.add_argument(
+        "--video",
+        action="append",
+        dest="image",
+        type=Clip,
+        metavar="PATH",
+        help="an animation (GIF, WebP, APNG) or a folder of frames; may be repeated, in any order "
+        "with --image",
+    )
+    p.add_argument(
+        "--fps", type=float, default=FPS, help=f"frames of videos a second (default: {FPS:g})"
+    )
+    p.add_argument(
+        "--max-frames", type=int, default=MAX_FRAMES, help=f"of a video (default: {MAX_FRAMES})"
+    )
     p.add_argument("--model", default="nano", help="'nano', a folder or a Hub id (default: nano)")
     p.add_argument("--glimpse", help="folder or Hub id of glimpse weights (default: MODEL/glimpse)")
     p.add_argument("--adapter", help="folder or Hub id of a LoRA adapter to merge (PEFT layout)")
     p.add_argument("--system", default=SYSTEM, help=f"system prompt (default: {SYSTEM})")
-    p.add_argument("--min-pixels", type=int, help="enlarge smaller pictures (default: model's)")
-    p.add_argument("--max-pixels", type=int, help="shrink larger pictures (default: model's)")
+    p.add_argument("--min-pixels", type=int, help="enlarge smaller ones (default: model's)")
+    p.add_argument(
+        "--max-pixels", type=int, help="shrink larger pictures, or frames (default: model's)"
+    )
 
     prune = p.add_argument_group("pruning")
     prune.add_argument(
@@ -77,6 +103,7 @@ def parser() -> Parser:
         default="all",
         help="what is dropped leaves the cache of all layers, or of later ones (default: all)",
     )
+    prune.add_argument("--keep-videos", action="store_true", help="prune images alone")
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
 
     text = p.add_argument_group("answer")
@@ -87,6 +114,22 @@ def parser() -> Parser:
     text.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
     text.add_argument("--seed", type=int, help="makes sampling repeatable")
 
+    batch = p.add_argument_group("many questions")
+    batch.add_argument(
+        "--batch-file",
+        metavar="JSONL",
+        help='a line each: {"image": path, [paths] or null, "question": text}; also "video"',
+    )
+    batch.add_argument(
+        "--output", metavar="JSONL", help="where results go; what is there is not asked again"
+    )
+    batch.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=8192,
+        help="rows read at once, and held for answers (default: 8192)",
+    )
+
     run = p.add_argument_group("running")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     run.add_argument(
@@ -96,7 +139,11 @@ def parser() -> Parser:
         "--quantize", choices=QUANTIZED, help="weights of the decoder in few bits, on a CPU"
     )
     run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
-    run.add_argument("--overlay", metavar="PNG", help="write a picture of what was kept")
+    run.add_argument(
+        "--overlay",
+        metavar="PNG",
+        help="write a picture of what was kept; to a .gif or .webp an animation",
+    )
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     run.add_argument("--quiet", action="store_true", help="no progress, no statistics")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -108,10 +155,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; its exit code: 2 for misuse, 1 for failure, 130 if stopped."""
     args = parser().parse_args(arguments)
     if args.list_methods:
-        print("\n".join(f"{name:10}  {method.about}" for name, method in METHODS.items()))
+        print("\n".join(f"{name:11}  {method.about}" for name, method in METHODS.items()))
         return 0
     try:
-        return run(args)
+        return run_file(args) if args.batch_file else run(args)
     except NanoglimpseError as error:
         return _fail(str(error), error.exit_code, args.debug)
     except KeyboardInterrupt:
@@ -140,42 +187,20 @@ def _out_of_memory(args: argparse.Namespace, reason: str) -> str:
     detail = reason.partition("\n")[0].partition(". ")[0]
     return (
         f"not enough memory for {args.model} ({detail or 'allocation failed'}); use smaller "
-        "pictures (--max-pixels), a smaller model, or --dtype bfloat16"
+        "pictures (--max-pixels), fewer --max-batch-tokens, a smaller model, or --dtype bfloat16"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Loads, asks, prints. Raises what `main` turns into lines."""
-    images, question = (args.image, args.question) if args.chat else _task(args)
-    sampling = Sampling(
-        args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed
-    )
+    if args.output:
+        raise UsageError("--output is where the results of a --batch-file go; none is given")
+    images, question = (_pictures(args), args.question) if args.chat else _task(args)
+    sampling = _sampling(args)
     _check_early(args, images)
-    note = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
-    started = time.perf_counter()
-    engine = load(
-        args.model,
-        glimpse=args.glimpse,
-        adapter=args.adapter,
-        device=args.device,
-        dtype=args.dtype,
-        backend=args.backend,
-        quantize=args.quantize,
-        progress=(lambda done, total: None) if args.quiet else Progress(args.model),
-    )
-    note(f"model       {_describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
-    layout = {
-        "system": args.system,
-        "min_pixels": args.min_pixels,
-        "max_pixels": args.max_pixels,
-    }
-    pruning = {
-        "method": args.method,
-        "kv_drop": args.kv_drop,
-        "threshold": args.threshold,
-        "max_ratio": args.max_ratio,
-        "min_tokens": args.min_tokens,
-    }
+    note = _note(args)
+    engine = _load(args)
+    layout, pruning = _prompt_options(args), _prefill_options(args)
     decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if args.chat:
         session = engine.session(images, **layout, **pruning)
@@ -191,7 +216,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
     answer = stream.answer
-    print(json.dumps(as_dict(engine, question, images, answer)) if args.json else "", flush=True)
+    names = [visual.name if isinstance(visual, Video) else visual for visual in images]
+    print(json.dumps(as_dict(engine, question, names, answer)) if args.json else "", flush=True)
     for line in report(answer):
         note(line)
     if interrupted:
@@ -202,12 +228,117 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
-def _task(args: argparse.Namespace) -> tuple[list[str], str]:
-    """Pictures and question: those given, or the built-in ones if neither is."""
+def run_file(args: argparse.Namespace) -> int:
+    """Asks the questions of a file; 1 if any failed. Raises what `main` turns into lines."""
+    if args.question is not None or args.image or args.overlay or args.chat:
+        raise UsageError(
+            "a --batch-file names questions and pictures itself; it goes without --overlay, --chat"
+        )
+    _check_method(args)
+    sampling, output = _sampling(args), Path(args.output) if args.output else None
+    if output:
+        check_writable(output, "results")
+    questions = read_questions(Path(args.batch_file))
+    results = Results(output, questions, _settings(args))
+    if results.left:
+        try:
+            _ask_all(args, results, sampling)
+        except KeyboardInterrupt:
+            again = "; the same command goes on from there" if output else ""
+            done = f"interrupted: {results.done} of {results.total} questions answered{again}"
+            return _fail(done, 130, args.debug)
+    _note(args)(f"questions   {results.done} of {results.total}")
+    if results.failed:
+        raise NanoglimpseError(
+            f"{results.failed} of {results.total} questions failed; their lines say why"
+        )
+    return 0
+
+
+def _ask_all(args: argparse.Namespace, results: Results, sampling: Sampling) -> None:
+    items = [(q.visuals(args.fps, args.max_frames), q.text) for q in results.left]
+    engine, note, count = _load(args), _note(args), Counter(results)
+    answers = engine.answers(
+        items,
+        max_batch_tokens=args.max_batch_tokens,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        prompt_options=_prompt_options(args),
+        **_prefill_options(args),
+    )
+    for number, answer in answers:
+        question = results.left[number]
+        if isinstance(answer, NanoglimpseError):
+            results.add(question, {"error": str(answer)})
+            note(f"question {question.index}: {answer}")
+        else:
+            results.add(question, as_dict(engine, question.text, question.names, answer))
+        if not args.quiet:
+            count()
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """Options given that an answer depends on; all but those that say where things go."""
+    defaults = vars(parser().parse_args([]))
+    apart = {"batch_file", "output", "max_batch_tokens", "json", "quiet", "debug"}
+    return {k: v for k, v in vars(args).items() if k not in apart and v != defaults[k]}
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.seed)
+
+
+def _prompt_options(args: argparse.Namespace) -> dict:
+    return {
+        "system": args.system,
+        "min_pixels": args.min_pixels,
+        "max_pixels": args.max_pixels,
+    }
+
+
+def _prefill_options(args: argparse.Namespace) -> dict:
+    return {
+        "method": args.method,
+        "kv_drop": args.kv_drop,
+        "threshold": args.threshold,
+        "max_ratio": args.max_ratio,
+        "min_tokens": args.min_tokens,
+        "prune_videos": not args.keep_videos,
+    }
+
+
+def _note(args: argparse.Namespace) -> Callable[[str], None]:
+    return (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    started = time.perf_counter()
+    engine = load(
+        args.model,
+        glimpse=args.glimpse,
+        adapter=args.adapter,
+        device=args.device,
+        dtype=args.dtype,
+        backend=args.backend,
+        quantize=args.quantize,
+        progress=(lambda done, total: None) if args.quiet else Progress(args.model),
+    )
+    took = time.perf_counter() - started
+    _note(args)(f"model       {_describe(engine)}, loaded in {took:.1f} s")
+    return engine
+
+
+def _pictures(args: argparse.Namespace) -> list[str | Video]:
+    clip = partial(Video, fps=args.fps, max_frames=args.max_frames)
+    return [clip(str(path)) if isinstance(path, Clip) else path for path in args.image]
+
+
+def _task(args: argparse.Namespace) -> tuple[list[str | Video], str]:
+    """Pictures, videos and question: those given, or the built-in ones if none is."""
     if args.question is not None or args.image:
         if not args.question:
             raise UsageError("a question is needed; put it in quotes behind the options")
-        return args.image, args.question
+        return _pictures(args), args.question
     built_in = json.loads((EXAMPLES / "built_in.json").read_text(encoding="utf-8"))
     if not args.quiet:
         print(f"picture     {EXAMPLES / built_in['image']}", file=sys.stderr)
@@ -215,16 +346,20 @@ def _task(args: argparse.Namespace) -> tuple[list[str], str]:
     return [str(EXAMPLES / built_in["image"])], built_in["question"]
 
 
-def _check_early(args: argparse.Namespace, images: list[str]) -> None:
+def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:
     """What can be seen to be wrong before gigabytes of weights are read."""
     for image in images:
-        open_picture(image).close()
-    if args.method is not None:
-        find_method(args.method, args.max_ratio)
+        image.check() if isinstance(image, Video) else open_picture(image).close()
+    _check_method(args)
     if args.chat and args.overlay:
         raise UsageError("a chat has many answers; write /overlay FILE behind the one you want")
     if args.overlay:
-        check_writable(Path(args.overlay))
+        check_writable(Path(args.overlay), "overlay")
+
+
+def _check_method(args: argparse.Namespace) -> None:
+    if args.method is not None:
+        find_method(args.method, args.max_ratio)
 
 
 class Progress:

@@ -7,6 +7,7 @@ Pillow-based Qwen2-VL processor bit for bit. Text that a user types never become
 import json
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -21,7 +22,19 @@ from .config import Config, read_json
 from .errors import NanoglimpseError, UsageError
 from .rope import Grid, mrope_positions, visual_mask
 
+
+class Clip(ABC):
+    """What is shown as a video: `nanoglimpse.video.Video`, which is built on this module."""
+
+    @abstractmethod
+    def preprocess(
+        self, min_pixels: int | None, max_pixels: int | None, config: "PixelConfig"
+    ) -> tuple[Tensor, Grid, float]:
+        """Patches and grid as `preprocess_image`, and the seconds that a pair of frames lasts."""
+
+
 Picture = str | Path | Image.Image
+Visual = Picture | Clip
 SYSTEM = "You are a helpful assistant."
 MAX_ASPECT = 200
 
@@ -39,10 +52,10 @@ class PixelConfig:
     merge_size: int = 2
 
 
-def pictures_of(images: Picture | Sequence[Picture]) -> list[Path | Image.Image]:
+def pictures_of(images: Visual | Sequence[Visual]) -> list[Path | Image.Image | Clip]:
     """One picture or several as a list; names become paths, so that no text is among them."""
-    images = [images] if isinstance(images, Picture) else images
-    return [image if isinstance(image, Image.Image) else Path(image) for image in images]
+    images = [images] if isinstance(images, Visual) else images
+    return [Path(image) if isinstance(image, str) else image for image in images]
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:
@@ -59,10 +72,10 @@ def load_picture(picture: Picture) -> Image.Image:
         UsageError, NanoglimpseError: see `open_picture`; also for a file that is truncated.
     """
     if isinstance(picture, Image.Image):
-        return _rgb(picture)
+        return flatten(picture)
     with open_picture(picture) as image:
         try:
-            return _rgb(ImageOps.exif_transpose(image))
+            return flatten(ImageOps.exif_transpose(image))
         except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise NanoglimpseError(f"{picture} is damaged or cannot be read: {error}") from None
 
@@ -88,7 +101,8 @@ def open_picture(path: str | Path) -> Image.Image:
         raise NanoglimpseError(f"{path} is damaged or cannot be read: {error}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
+    """As RGB, transparency composited on white."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -153,14 +167,29 @@ def preprocess_image(
     height, width = smart_resize(image.height, image.width, side * merge, low, high)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     grid = (1, height // side, width // side)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    pixels = pixels.view(grid[1] // merge, merge, side, grid[2] // merge, merge, side, 3)
-    units = pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side)
-    patches = torch.empty(len(units), 3, config.temporal_patch_size, side * side)
+    return patchify([image], grid, config), grid
+
+
+def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> Tensor:
+    """Patches fp32 [h · w, channels · frames · side²] of a picture, or of a pair of frames.
+
+    Args:
+        frames: one picture, which is repeated, or as many as make a temporal patch; RGB, as large
+            as the grid.
+        grid: (1, h, w).
+        config: mean, deviation and patch sizes.
+    """
+    side, merge = config.patch_size, config.merge_size
+    units = []
+    for frame in frames:
+        pixels = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(grid[1] // merge, merge, side, grid[2] // merge, merge, side, 3)
+        units.append(pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side))
+    patches = torch.empty(len(units[0]), 3, config.temporal_patch_size, side * side)
     # Rounded as transformers rounds: x / 255, then the mean, then the deviation, all in fp32.
     mean, std = (torch.tensor(c)[:, None, None] for c in (config.image_mean, config.image_std))
-    patches.copy_(units).div_(255).sub_(mean).div_(std)
-    return patches.flatten(1), grid
+    patches.copy_(torch.cat(units, 2)).div_(255).sub_(mean).div_(std)
+    return patches.flatten(1)
 
 
 @dataclass(frozen=True)
@@ -251,8 +280,8 @@ class Processor:
 
     def prompt(
         self,
-        images: Picture | Sequence[Picture],
-        question: str | Sequence[str | Path | Image.Image],
+        images: Visual | Sequence[Visual],
+        question: str | Sequence[str | Path | Image.Image | Clip],
         *,
         history: Sequence[tuple[str, str]] = (),
         system: str = SYSTEM,
@@ -262,11 +291,13 @@ class Processor:
         """A prompt in Qwen's chat layout: system, user turn, the assistant's to begin.
 
         Args:
-            images: one picture or several, placed before the first question.
-            question: text, or texts (str) and pictures (Path or Pillow image) in any order.
+            images: one picture or several, placed before the first question; `Video`s are pictures,
+                too.
+            question: text, or texts (str) and pictures (Path, Pillow image, Video) in any order.
             history: questions and answers that came before it.
             system: the system prompt.
-            min_pixels, max_pixels: limits of a picture's area; the checkpoint's where None.
+            min_pixels, max_pixels: limits of a picture's area, or a frame's; the checkpoint's (for
+                frames see `Video`) where None.
 
         Raises:
             UsageError: the checkpoint has no tokenizer, or a picture or text cannot be used.
@@ -277,25 +308,35 @@ class Processor:
 
     def fill(
         self,
-        parts: Sequence[str | int | Path | Image.Image],
+        parts: Sequence[str | int | Path | Image.Image | Clip],
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Prompt:
         """A prompt of text (str), control tokens (int) and pictures in the order they are given."""
-        config, patches, grids = self.config, [], []
+        config, patches, grids, seconds = self.config, [], [], []
         filled: list[str | int] = []
         for part in parts:
             if isinstance(part, str | int):
                 filled.append(part)
                 continue
-            pixels, grid = preprocess_image(part, min_pixels, max_pixels, self.pixels)
+            if isinstance(part, Clip):
+                pixels, grid, duration = part.preprocess(min_pixels, max_pixels, self.pixels)
+                placeholder = config.video_token_id
+                seconds.append(duration)
+            else:
+                pixels, grid = preprocess_image(part, min_pixels, max_pixels, self.pixels)
+                placeholder = config.image_token_id
             patches.append(pixels)
             grids.append(grid)
             count = math.prod(grid) // config.vision_config.merge_unit
-            placeholders = [config.image_token_id] * count
+            placeholders = [placeholder] * count
             filled += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
         return Prompt.from_tokens(
-            self.encode(filled), pack(patches) if patches else None, grids, config=config
+            self.encode(filled),
+            pack(patches) if patches else None,
+            grids,
+            seconds,
+            config=config,
         )
 
     def chat(self, turn: Sequence[str | int], system: str = SYSTEM) -> list[str | int]:
@@ -309,12 +350,12 @@ class Processor:
 
     def conversation(
         self,
-        turn: Sequence[str | int | Path | Image.Image],
+        turn: Sequence[str | int | Path | Image.Image | Clip],
         history: Sequence[tuple[str, str]] = (),
-    ) -> list[str | int | Path | Image.Image]:
+    ) -> list[str | int | Path | Image.Image | Clip]:
         """The chat layout from there on: earlier turns, this one, the answer to begin."""
         start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
-        parts: list[str | int | Path | Image.Image] = []
+        parts: list[str | int | Path | Image.Image | Clip] = []
         for asked, answer in history:
             parts += [asked, end, "\n", start, f"assistant\n{answer}", end, "\n", start, "user\n"]
         return [*parts, *turn, end, "\n", start, "assistant\n"]

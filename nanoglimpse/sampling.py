@@ -65,6 +65,18 @@ class Sampler:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens
 
+    def keep(self, stay: Sequence[int]) -> None:
+        """Goes on with some of the sequences, by number."""
+        self.generators = [self.generators[i] for i in stay]
+        if self.seen is not None:
+            self.seen = self.seen[list(stay)]
+
+    def join(self, other: "Sampler") -> None:
+        """Takes another's sequences in, behind its own."""
+        self.generators += other.generators
+        if self.seen is not None:
+            self.seen = torch.cat((self.seen, other.seen))
+
     def _draw(self, logits: Tensor) -> Tensor:
         ranked, order = (logits.float() / self.sampling.temperature).sort(-1, descending=True)
         if self.sampling.top_k:

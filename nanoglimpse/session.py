@@ -18,7 +18,7 @@ from .engine import Engine, Plan, Sight, Stream
 from .errors import UsageError
 from .methods import Choice, Look, Method
 from .prefix import Prefix, Resumed, Stretch
-from .processor import SYSTEM, Picture, Prompt, pictures_of
+from .processor import SYSTEM, Prompt, Visual, pictures_of
 from .reading import Reading
 from .results import Answer, Clock, Prefill
 from .sampling import Sampling
@@ -79,7 +79,7 @@ class Session:
     def begin(
         cls,
         engine: Engine,
-        images: Picture | Sequence[Picture] | Prompt,
+        images: Visual | Sequence[Visual] | Prompt,
         method: str | None = None,
         *,
         seed: int = 0,
@@ -97,7 +97,8 @@ class Session:
             method: as `Engine.prefill_many`.
             seed: of methods that draw.
             system, min_pixels, max_pixels: as `Processor.prompt`.
-            rule: threshold, max_ratio, min_tokens, anchors and kv_drop as `Engine.prefill_many`.
+            rule: threshold, max_ratio, min_tokens, anchors, kv_drop and prune_videos as
+                `Engine.prefill_many`.
 
         Raises:
             UsageError: the method has to know the question before the decoder, or an argument makes
@@ -135,7 +136,7 @@ class Session:
         """Forgets the conversation; the pictures stay."""
         self._turns, self._open = [], None
 
-    def add(self, images: Picture | Sequence[Picture] | Prompt) -> None:
+    def add(self, images: Visual | Sequence[Visual] | Prompt) -> None:
         """Adds pictures behind those there are, before the first question of the conversation.
 
         Only they are read, unless the method has chosen before the decoder: it then chooses again.
@@ -186,7 +187,7 @@ class Session:
         whole = self.prompt.then(tail)
         engine.check_context([len(whole)], max_new_tokens)
         clock = Clock(engine.device)
-        batch = Batch.of([whole], config, engine.device)
+        batch = Batch.of([whole], config, engine.device, self.plan.prune_videos)
         known = None if evidence is None else evidence.to(engine.device)
         prefix, left = self.prefix, batch
         if prefix.choice:
@@ -264,7 +265,7 @@ def _begin(engine: Engine, plan: Plan, prompt: Prompt, seed: int) -> tuple[Promp
 
 
 def _read(engine: Engine, plan: Plan, prompt: Prompt, sight: Sight, seed: int) -> Prefix:
-    batch = Batch.of([prompt], engine.config, engine.device)
+    batch = Batch.of([prompt], engine.config, engine.device, plan.prune_videos)
     text = engine.config.text_config
     reading = Reading(engine.decoder, text, engine.ops, batch, sight.visual)
     choice = None
@@ -323,10 +324,10 @@ def _add(session: Session, more: Prompt) -> tuple[Prompt, Sight, Prefix]:
     prompt = session.prompt.then(replace(more, patches=more.patches[:0]))
     if prefix.choice:
         return prompt, sight, _read(engine, plan, prompt, sight, session.seed)
-    own = Batch.of([more], engine.config, engine.device)
+    own = Batch.of([more], engine.config, engine.device, plan.prune_videos)
     text = engine.config.text_config
     hidden = Reading(engine.decoder, text, engine.ops, own, new.visual).hidden
-    batch = Batch.of([prompt], engine.config, engine.device)
+    batch = Batch.of([prompt], engine.config, engine.device, plan.prune_videos)
     kept = torch.ones(len(sight.visual), dtype=torch.bool, device=engine.device)
     return prompt, sight, prefix.followed(engine.decoder, batch, kept, hidden)
 

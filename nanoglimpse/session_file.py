@@ -44,6 +44,7 @@ def save_session(session: Session, path: str | Path) -> None:
         "method": plan.method.name,
         "rule": asdict(plan.rule),
         "kv_drop": plan.kv_drop,
+        "prune_videos": plan.prune_videos,
         "seed": session.seed,
         "system": session.system,
         "min_pixels": session.min_pixels,
@@ -98,7 +99,8 @@ def load_session(engine: Engine, path: str | Path) -> Session:
         rest = {key: told[key] for key in ("seed", "system", "min_pixels", "max_pixels")}
         turns = [(str(asked), str(answer)) for asked, answer in told["turns"]]
         grids = tuple((int(t), int(h), int(w)) for t, h, w in told["grids"])
-        plan = Plan(find_method(told["method"], 1.0), Selection(**rule), told["kv_drop"])
+        method, rest = find_method(told["method"], 1.0), (told["kv_drop"], told["prune_videos"])
+        plan = Plan(method, Selection(**rule), *rest)
         parts = _restore(engine, plan, grids, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, UsageError):

@@ -209,13 +209,13 @@ def test_nothing_kept_still_answers(tiny):
     assert len(list(tiny.decode(prefill, 5, True))) == 5
 
 
-def test_videos_are_not_pruned(tiny):
+def test_videos_may_be_left_whole(tiny):
     """As in the official code (3.14, 11): only the tokens of images can go."""
     video, image = (3, 8, 10, "video"), (1, 12, 8)
     ids = chat_ids(4, video, 3, image, 6)
     grids = [video[:3], image]
     prompt = Prompt.from_tokens(ids, patches_of(grids), grids, 0.5, config=tiny.config)
-    prefill = tiny.prefill(prompt, max_ratio=0.1)
+    prefill = tiny.prefill(prompt, max_ratio=0.1, prune_videos=False)
     of_video, of_image = prefill.kept.split([60, 24])
     assert bool(of_video.all())
     assert int(of_image.sum()) == 2

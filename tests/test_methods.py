@@ -1,6 +1,8 @@
 """Pruning methods: what they keep, and that the engine does with it what it should."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from nanoglimpse.kernels.ops import TORCH, Packing
 from nanoglimpse.methods import METHODS, Choice, Method
 from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.divprune import diverse
+from nanoglimpse.methods.evs import changes, clips
+from nanoglimpse.methods.polymorphic import condense, likeness
 from nanoglimpse.methods.prumerge import gain
 from nanoglimpse.methods.similarity import nearest, unit
 from nanoglimpse.methods.sparsevlm import density_peaks, recycle
@@ -49,7 +53,7 @@ def test_keeping_all_is_dense(engine, name):
     assert list(engine.decode(all_kept, 6)) == list(engine.decode(dense, 6))
 
 
-@pytest.mark.parametrize("name", CAPPED)
+@pytest.mark.parametrize("name", [name for name in CAPPED if name != "evs"])
 @pytest.mark.parametrize("ratio", [0.05, 1 / 9, 0.5])
 def test_the_budget_is_met(engine, name, ratio):
     prompt = prompt_of(engine, 3, *GRIDS, 6)
@@ -263,7 +267,9 @@ def _step(engine, token, position, held):
     return engine.decoder.logits(hidden)
 
 
-@pytest.mark.parametrize("name", ["fastv", "attention", "random", "pdrop", "sparsevlm", "vscan"])
+@pytest.mark.parametrize(
+    "name", ["fastv", "attention", "random", "pdrop", "sparsevlm", "vscan", "polymorphic"]
+)
 @pytest.mark.parametrize("ratio", [0.75, 0.9])
 def test_a_budget_is_met_where_lower_layers_keep_all(engine, name, ratio):
     prompt = prompt_of(engine, 3, *GRIDS, 6)
@@ -564,6 +570,27 @@ def test_density_peaks():
     assert int(member[0]) != int(member[3])
 
 
+def test_density_peaks_in_tiles(monkeypatch):
+    """The same in tiles as at once, down to ties, and as loops over the definition say."""
+    x, clusters = torch.randn(61, 5), 7
+    x[40:44], x[50:53] = x[3], x[50].clone()
+    centres, member = density_peaks(x, clusters)
+    monkeypatch.setattr("nanoglimpse.methods.sparsevlm.TILE", 16)
+    again = density_peaks(x, clusters)
+    assert torch.equal(again[0], centres)
+    assert torch.equal(again[1], member)
+    distance = [[math.dist(a, b) / 5**0.5 for b in x.tolist()] for a in x.tolist()]
+    near = [sum(d * d for d in sorted(row)[:clusters]) / clusters for row in distance]
+    density = [math.exp(-value) for value in near]
+    widest = max(map(max, distance))
+    peaks = []
+    for i, row in enumerate(distance):
+        denser = [d for j, d in enumerate(row) if (-density[j], j) < (-density[i], i)]
+        peaks.append(density[i] * min(denser, default=widest))
+    distinct = sorted(range(61), key=lambda i: -peaks[i])[:clusters]
+    assert set(centres.tolist()) == set(distinct)
+
+
 def test_recycling_counts_and_means():
     """Of 30 tokens 12 stay: 18 go, 6 of them come back as one mean of one cluster."""
     generator = torch.Generator().manual_seed(4)
@@ -637,3 +664,122 @@ def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engin
         engine.prefill_many(prompts, "spy")
     expected = attentions(tiny_folder, engine, prompts[1], GRIDS[0])[1][0].mean(0)
     torch.testing.assert_close(looks[0], expected[[4, 16, 62]])
+
+
+def test_changes_are_those_of_one_place():
+    """Two places, three pairs of frames: 1 − cosine to the pair before, the first above all."""
+    x = torch.tensor([[1.0, 0], [0, 2], [1, 0], [2, 0], [0, 3], [-1, 0]])
+    torch.testing.assert_close(changes(x, 3), torch.tensor([255.0, 255, 0, 1, 1, 2]))
+
+
+def clip_of(engine, *parts, still=False):
+    """A prompt of parts, 4-tuples being videos; all frames alike if `still`."""
+    grids = [part[:3] for part in parts if not isinstance(part, int)]
+    patches = patches_of(grids)
+    if still:
+        patches = patches[:32].repeat(len(patches) // 32, 1)
+    return Prompt.from_tokens(chat_ids(*parts), patches, grids, 1.0, config=engine.config)
+
+
+def test_evs_keeps_the_first_frames_and_what_changes(engine, monkeypatch):
+    """Of 3 · 8 tokens: the first 8, then the most changed of the whole clip."""
+    changed = torch.tensor([255.0] * 8 + [0, 1, 0, 0, 0, 0, 0, 0] + [0, 0, 3, 0, 0, 0, 0, 2])
+    monkeypatch.setattr("nanoglimpse.methods.evs.changes", lambda x, frames: changed)
+    prompt = clip_of(engine, 2, (3, 4, 8, "video"), 5)
+    kept = [
+        engine.prefill(prompt, "evs", max_ratio=ratio).kept.nonzero().flatten().tolist()
+        for ratio in (0.01, 10 / 24, 12 / 24)
+    ]
+    first = list(range(8))
+    assert kept == [first, [*first, 18, 23], [*first, 8, 9, 18, 23]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (((3, 4, 8, "video"), (1, 4, 8), (1, 4, 8)), [(24, 3), (16, 2)]),
+        (((1, 4, 8), (3, 4, 8, "video"), (1, 4, 8)), [(8, 1), (24, 3), (8, 1)]),
+        (((1, 4, 8), (1, 8, 4), (1, 8, 4)), [(8, 1), (16, 2)]),
+        (((2, 4, 8, "video"), (2, 4, 8, "video")), [(16, 2), (16, 2)]),
+        ((9,), []),
+    ],
+    ids=str,
+)
+def test_neighbouring_pictures_of_one_size_are_a_clip(engine, monkeypatch, parts, expected):
+    seen = []
+
+    def watched(look):
+        found = list(clips(look))
+        seen.extend((own.stop - own.start, frames) for own, frames in found)
+        return found
+
+    monkeypatch.setattr("nanoglimpse.methods.evs.clips", watched)
+    prefill = engine.prefill(clip_of(engine, 2, *parts, 5), "evs", max_ratio=0.1)
+    assert seen == expected
+    assert int(prefill.kept.sum()) == sum(count // frames for count, frames in expected)
+
+
+def test_evs_of_frames_that_are_alike(engine):
+    prompt = clip_of(engine, 2, (4, 4, 8, "video"), 5, still=True)
+    kept = engine.prefill(prompt, "evs", max_ratio=0.5).kept
+    assert int(kept.sum()) == 16
+    assert bool(kept[:8].all())
+
+
+def test_likeness_by_hand():
+    """Text 0 is liked by one of two tokens, text 1 by none: text 0 alone rates."""
+    seen, text = torch.tensor([[2.0, 0], [0, 0]]), torch.tensor([[3.0, 0], [0, 1], [0, -1]])
+    raised = math.exp(6 / 2**0.5)
+    expected = torch.tensor([raised / (raised + 2), 1 / 3])
+    torch.testing.assert_close(likeness(seen, text), expected)
+    assert likeness(seen, text[:0]).tolist() == [0, 0]
+
+
+def test_condensing_counts_and_means():
+    """Of 30 tokens 12 stay: the best 10, and two means of all others."""
+    values, score = torch.randn(30, 3), torch.arange(30.0)
+    before = values.clone()
+    chosen = condense(values, score, 12)
+    assert len(chosen.unique()) == 12
+    assert sorted(chosen.tolist())[2:] == list(range(20, 30))
+    centres = sorted(set(chosen.tolist()) - set(range(20, 30)))
+    _, member = density_peaks(before[:20], 2)
+    means = {tuple((before[:20][member == i].mean(0) * 1e4).round().tolist()) for i in (0, 1)}
+    assert {tuple((values[c] * 1e4).round().tolist()) for c in centres} == means
+    assert torch.equal(values[20:], before[20:])
+    assert condense(values, score, 30).tolist() == list(range(30))
+    assert condense(values, score, 1).tolist() == [29]
+
+
+def test_polymorphic_goes_on_with_means(engine, monkeypatch):
+    """What a stage in the decoder makes of the rows that stay reaches the layers behind it."""
+    factor = 1.0
+
+    def scaled(values, score, allowed):
+        values *= factor
+        return torch.arange(min(allowed, len(values)))
+
+    monkeypatch.setattr("nanoglimpse.methods.polymorphic.condense", scaled)
+    monkeypatch.setattr(type(METHODS["polymorphic"]), "stops", lambda self, engine: [1, 2, 3, 4])
+    monkeypatch.setattr(
+        type(METHODS["polymorphic"]), "choose", lambda self, look: self._by_text(look, 0.5)
+    )
+    prompt = prompt_of(engine, 3, (1, 8, 10), 6)
+    same = engine.prefill(prompt, "polymorphic", max_ratio=0.5).logits
+    factor = 0.0
+    assert not torch.equal(engine.prefill(prompt, "polymorphic", max_ratio=0.5).logits, same)
+
+
+def test_polymorphic_falls_by_equal_shares(engine):
+    """Twice the mean first; each later stage leaves the same share of the one before."""
+    method, depth = METHODS["polymorphic"], engine.config.text_config.num_hidden_layers
+    assert method.stops(engine) == [0, 1, 2, 3]
+    levels = method.levels(engine)
+    assert [a / b for a, b in pairwise(levels)] == pytest.approx([levels[2]] * 3)
+    held = levels[0] + levels[1] + levels[2] + 3 * levels[3]
+    assert levels[0] == pytest.approx(2 * held / depth)
+    prompt = prompt_of(engine, 3, (1, 16, 16), 6)
+    prefill = engine.prefill(prompt, "polymorphic", max_ratio=0.25, kv_drop="later")
+    assert prefill.budgets.input_ratio == pytest.approx(0.5, abs=1 / 64)
+    assert prefill.budgets.decode_kv_ratio == pytest.approx(0.25, abs=2 / 64)
+    assert prefill.budgets.prefill_ratio == prefill.budgets.decode_kv_ratio

@@ -4,10 +4,12 @@ from .base import AttentionMethod, Choice, Look, Method
 from .cdpruner import CDPruner
 from .dense import Dense
 from .divprune import DivPrune
+from .evs import EVS
 from .glimpse import GlimpsePrune
 from .nothing import Nothing
 from .oracle import Oracle
 from .pdrop import PyramidDrop
+from .polymorphic import Polymorphic
 from .prumerge import PruMerge
 from .random import Random
 from .sparsevlm import SparseVLM
@@ -47,6 +49,8 @@ METHODS: dict[str, Method] = {
         DivPrune(),
         CDPruner(),
         ToMe(),
+        Polymorphic(),
+        EVS(),
         PruMerge(
             "prumerge",
             "LLaVA-PruMerge, arXiv 2403.15388: before the decoder, tokens whose attention stands "

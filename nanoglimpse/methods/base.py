@@ -78,7 +78,7 @@ class Look:
         return replace(self, visual=self.visual[kept], taps=self.taps[:, kept], evidence=known)
 
     def by_rule(self, importance: Tensor, threshold: float | None = None) -> Tensor:
-        """Kept visual tokens bool [N]: each prompt's pictures are pooled, videos all stay.
+        """Kept visual tokens bool [N]: a prompt's pictures are pooled, a video is a pool.
 
         Args:
             importance: [N], logits.
@@ -86,33 +86,36 @@ class Look:
         """
         rule = self.rule if threshold is None else replace(self.rule, threshold=threshold)
         kept = ~self.batch.prunable
-        for sizes, own in zip(self.batch.image_sizes, self.prompts(), strict=True):
-            prunable = self.batch.prunable[own]
-            kept[own][prunable] = rule(importance[own][prunable], sizes)
+        for pool, sizes in enumerate(self.batch.pool_sizes):
+            own = self.batch.pools == pool
+            kept[own] = rule(importance[own], sizes)
         return kept
 
     def per_image(self, pick: Callable[[slice, int], Tensor]) -> Tensor:
-        """Kept visual tokens bool [N], chosen image by image; videos all stay.
+        """Kept visual tokens bool [N], chosen image by image; a video's pair of frames is one.
 
         Args:
             pick: from an image's visual tokens and how many of them may stay to their indices in
                 the image, int64.
         """
         kept = ~self.batch.prunable
-        for own in self.images():
+        for own, _ in self.images():
             count = own.stop - own.start
             allowed = min(max(int(self.rule.max_ratio * count), self.rule.min_tokens or 0), count)
             kept[own.start + pick(own, allowed)] = True
         return kept
 
-    def images(self) -> Iterator[slice]:
-        """The visual tokens of each image."""
-        for sizes, own in zip(self.batch.image_sizes, self.prompts(), strict=True):
-            stills = own.start + self.batch.prunable[own].nonzero().flatten()
-            first = int(stills[0]) if len(stills) else 0
-            for height, width in sizes:
-                yield slice(first, first + height * width)
-                first += height * width
+    def images(self) -> Iterator[tuple[slice, tuple[int, int]]]:
+        """The visual tokens of each image or pair of frames that may go; its rows and columns."""
+        merge, first = self.engine.config.vision_config.spatial_merge_size, 0
+        prunable = self.batch.prunable.tolist()
+        for frames, height, width in self.batch.all_grids:
+            size = (height // merge, width // merge)
+            for _ in range(frames):
+                own = slice(first, first + size[0] * size[1])
+                if prunable[first]:
+                    yield own, size
+                first = own.stop
 
     def prompts(self) -> Iterator[slice]:
         """The visual tokens of each prompt."""
@@ -144,6 +147,15 @@ class Look:
         """[N], attention to visual tokens from one row's logits a prompt [T, HQ], heads' mean."""
         parts = logits.float().split(self.batch.counts)
         return torch.cat([part.softmax(0).mean(1) for part in parts])[self.batch.visual_rows]
+
+
+def solve(rising: Callable[[float], float], target: float) -> float:
+    """Where a function that rises on 0 to 1 reaches a target, from above; 1 if it does not."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < target else (low, middle)
+    return high
 
 
 class Method:

@@ -45,7 +45,7 @@ class PruMerge(Method):
         """Image by image."""
         (block,) = look.watch.blocks
         values, kept = look.visual.clone(), ~look.batch.prunable
-        for own in look.images():
+        for own, _ in look.images():
             score = look.watch.received[block][own]
             attention = score / score.sum()
             chosen = self.standing_out(attention, look.rule.max_ratio)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from .base import Choice, Look, Method
-from .similarity import best, rest
+from .base import Choice, Look, Method, solve
+from .similarity import TILE, best, rest
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -52,18 +52,17 @@ class SparseVLM(Method):
         depth = engine.config.text_config.num_hidden_layers
         first, second, third = self.stops(engine)
         spans = (second - first, third - second, depth - third)
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            shares = [min(level * middle, 1.0) for level in LEVELS]
-            held = first + sum(span * share for span, share in zip(spans, shares, strict=True))
-            low, high = (middle, high) if held / depth < ratio else (low, middle)
-        if high < 1e-6:
+        stages = list(zip(spans, LEVELS, strict=True))
+        final = solve(
+            lambda x: first + sum(span * min(level * x, 1.0) for span, level in stages),
+            ratio * depth,
+        )
+        if final < 1e-6:
             raise UsageError(
                 f"method sparsevlm leaves the cache of {first} of {depth} layers alone, so that "
                 f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
             )
-        return high
+        return final
 
     def choose(self, look: Look) -> Choice:
         """The stage's choice, prompt by prompt."""
@@ -118,15 +117,22 @@ def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     distance to a denser one is the largest of all. Of equally dense rows the first counts as
     denser, where the code adds noise: mutual neighbours are always equal.
     """
-    distance = torch.cdist(x, x) / x.shape[1] ** 0.5
-    near = distance.topk(min(clusters, len(x)), largest=False).values
-    density = (-near.square().mean(1)).exp()
-    order = torch.arange(len(x), device=x.device)
-    equal = (density[None] == density[:, None]) & (order[None] < order[:, None])
-    denser = (density[None] > density[:, None]) | equal
-    apart = distance.masked_fill(~denser, torch.inf).amin(1)
-    apart = torch.where(apart.isinf(), distance.max(), apart)
+    order, scale, near = torch.arange(len(x), device=x.device), x.shape[1] ** 0.5, []
+    # In tiles, twice: the square matrix of all pairs never exists.
+    for tile in x.split(TILE):
+        distance = torch.cdist(tile, x) / scale
+        near.append(distance.topk(min(clusters, len(x)), largest=False).values)
+    density = (-torch.cat(near).square().mean(1)).exp()
+    apart, widest = [], []
+    for own in order.split(TILE):
+        distance = torch.cdist(x[own], x) / scale
+        equal = (density[None] == density[own, None]) & (order[None] < own[:, None])
+        denser = (density[None] > density[own, None]) | equal
+        apart.append(distance.masked_fill(~denser, torch.inf).amin(1))
+        widest.append(distance.amax())
+    apart = torch.cat(apart)
+    apart = torch.where(apart.isinf(), torch.stack(widest).amax(), apart)
     centres = best(density * apart, clusters)
-    member = distance[:, centres].argmin(1)
+    member = torch.cdist(x, x[centres]).argmin(1)
     member[centres] = torch.arange(len(centres), device=x.device)
     return centres, member

@@ -73,11 +73,10 @@ class VScan(Method):
     def _scan(self, look: Look) -> Choice:
         local, whole = (look.watch.received[block] for block in self.watches(look.engine))
         values = look.visual.clone()
-        sizes = [size for sizes in look.batch.image_sizes for size in sizes]
-        grids = dict(zip((own.start for own in look.images()), sizes, strict=True))
+        sizes = {own.start: size for own, size in look.images()}
 
         def pick(own: slice, count: int) -> Tensor:
-            near = of_windows(local[own], *grids[own.start], count // 2)
+            near = of_windows(local[own], *sizes[own.start], count // 2)
             score = whole[own].clone()
             score[near] = -torch.inf
             chosen = torch.cat((near, best(score, count - len(near))))

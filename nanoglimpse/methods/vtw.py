@@ -26,5 +26,5 @@ class VTW(Method):
         return (max(round(engine.config.text_config.num_hidden_layers * 15 / 32), 1),)
 
     def choose(self, look: Look) -> Choice:
-        """Nothing but videos, which no method prunes."""
+        """Nothing."""
         return Choice(~look.batch.prunable)

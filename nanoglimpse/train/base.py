@@ -148,7 +148,7 @@ CURRICULUM = (
     ),
     Stage(
         share=0.23,
-        work=1700,
+        work=1000,
         questions=8,
         dense=(0.4, 0.2),
         draws=(
