@@ -99,8 +99,8 @@ def load_session(engine: Engine, path: str | Path) -> Session:
         rest = {key: told[key] for key in ("seed", "system", "min_pixels", "max_pixels")}
         turns = [(str(asked), str(answer)) for asked, answer in told["turns"]]
         grids = tuple((int(t), int(h), int(w)) for t, h, w in told["grids"])
-        method, rest = find_method(told["method"], 1.0), (told["kv_drop"], told["prune_videos"])
-        plan = Plan(method, Selection(**rule), *rest)
+        method = find_method(told["method"], 1.0)
+        plan = Plan(method, Selection(**rule), told["kv_drop"], bool(told["prune_videos"]))
         parts = _restore(engine, plan, grids, tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, UsageError):
