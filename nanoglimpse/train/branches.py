@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..decoder import Decoder
-from ..kernels.ops import TORCH, Packing, Rope
+from ..kernels.ops import TORCH, Packing, Queries, Rope
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,21 @@ class Branches:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing | Branches, *, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing | Branches,
+    *,
+    causal: bool,
+    queries: Queries | None = None,
 ) -> Tensor:
     """As the op `attention`, and over `Branches`; same arguments and result."""
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # The backward pass of torch's flash attention is five times slower there in bf16.
         wide = (x.float() for x in (q, k, v))
-        return attention(*wide, packing, causal=causal).to(q.dtype)
+        return attention(*wide, packing, causal=causal, queries=queries).to(q.dtype)
     if isinstance(packing, Packing):
-        return TORCH.attention(q, k, v, packing, causal=causal)
+        return TORCH.attention(q, k, v, packing, causal=causal, queries=queries)
     b, p, n, s = packing.pictures, packing.prefix, packing.branches, packing.length
 
     def prefix(x: Tensor) -> Tensor:
