@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanoglimpse import load
 from nanoglimpse.config import read_config
 from nanoglimpse.cost import Work, paper_prefill
+from nanoglimpse.methods import METHODS
 
 from .test_methods import prompt_of
 from .tiny import config_dict
@@ -26,6 +27,15 @@ def bench():
     spec.loader.exec_module(module)
     module.SIDE, module.READ = {"cpu": 128}, 2**20  # the roofs do not matter here
     return module
+
+
+@pytest.fixture(autouse=True)
+def methods():
+    """Forced shares are methods while a benchmark runs, and not for the tests that follow."""
+    known = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(known)
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,9 @@ def test_interrupting_keeps_what_was_said(tmp_path):
     """Ctrl-C while answering: the text so far, the statistics, no traceback, exit code 130."""
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import time\nfrom nanoglimpse import engine, generate\n"
+        "import signal, time\nfrom nanoglimpse import engine, generate\n"
+        # A shell's background jobs, and what they start, ignore it otherwise.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "step = engine.Decoder.step\n"
         "def late(self, *a):\n    time.sleep(0.2)\n    return step(self, *a)\n"
         "engine.Decoder.step = late\n"

@@ -125,7 +125,7 @@ def test_prefill_equals_decoding_token_by_token(pair, step):
     )
     prefill = engine.prefill(shorter, method="dense")
     cache = prefill.rewind(cut)
-    rope = engine._decode_rope(cache.next_position, cut)
+    rope = engine.decode_rope(cache.next_position, cut)
     with torch.inference_mode():
         for number in range(cut):
             token = prompt.token_ids[len(prompt) - cut + number]

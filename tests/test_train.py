@@ -507,9 +507,9 @@ def test_micro_batches_take_about_the_same_work():
 
 def test_a_base_run_of_some_domains(tmp_path):
     """Only these are drawn, from the first stage that has them, and reported."""
-    (tmp_path / "shape.json").write_text(json.dumps(SHAPE))
-    options = ["base", str(tmp_path), "--shape", str(tmp_path / "shape.json"), "--steps", "1"]
-    assert main([*options, "--domains", "chart", "--dtype", "float32", "--device", "cpu"]) == 0
+    write_folder(tmp_path, SHAPE, 0, pictures=40)
+    options = ["--steps", "1", "--domains", "chart", "--dtype", "float32", "--device", "cpu"]
+    assert main(["base", str(tmp_path), *options]) == 0
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first = CURRICULUM[1]
     charts = [draw for draw in first.draws if draw.domain == "chart"]
