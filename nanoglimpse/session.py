@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .engine import Engine, Plan, Sight, Stream
+from .engine import Engine, Plan, Sight
 from .errors import UsageError
 from .methods import Choice, Look, Method
 from .prefix import Prefix, Resumed, Stretch
@@ -22,6 +22,7 @@ from .processor import SYSTEM, Prompt, Visual, pictures_of
 from .reading import Reading
 from .results import Answer, Clock, Prefill
 from .sampling import Sampling
+from .stream import Stream
 from .vision import Watch
 
 
