@@ -26,7 +26,7 @@ class Queries(NamedTuple):
     positions: Tensor
 
 
-class Reading(NamedTuple):
+class Probe(NamedTuple):
     """One query row a sequence whose raw logits are wanted, and the keys for which they are.
 
     Attributes:
@@ -76,7 +76,7 @@ def attention_reading(
     k: Tensor,
     v: Tensor,
     packing: Packing,
-    reading: Reading,
+    reading: Probe,
     *,
     causal: bool,
     queries: Queries | None = None,

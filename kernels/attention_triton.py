@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention as reference
-from .attention import Queries, Reading
+from .attention import Probe, Queries
 from .launch import hopper, launch, served_heads
 from .packing import Packing
 
@@ -190,7 +190,7 @@ def attention_reading(
     k: Tensor,
     v: Tensor,
     packing: Packing,
-    reading: Reading,
+    reading: Probe,
     *,
     causal: bool,
     queries: Queries | None = None,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .append import rotate_append
-from .attention import Queries, Reading, attention, attention_reading, row_logits
+from .attention import Probe, Queries, attention, attention_reading, row_logits
 from .decode import decode_attention
 from .keep import keep_rows
 from .linear import linear, pack
@@ -31,7 +31,7 @@ from .received import received_attention
 from .rope import Rope, rotate
 from .swiglu import swiglu
 
-__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Queries", "Reading", "Rope", "select"]
+__all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Probe", "Queries", "Rope", "select"]
 
 
 @dataclass(frozen=True)

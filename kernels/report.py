@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .attention import Queries, Reading
+from .attention import Probe, Queries
 from .launchers import TRITON
 from .packing import Packing
 from .rope import Rope
@@ -77,7 +77,7 @@ def cases() -> Iterator[tuple[str, Callable]]:
         prompt = Packing([ROWS], "meta")
         yield f"{name} prefill", partial(TRITON.attention, q, k, k, prompt, causal=True)
         some = Queries(Packing([600], "meta"), _ids(600))
-        read = partial(TRITON.attention_reading, q[:600], k, k, prompt, Reading(*[_ids(1)] * 3))
+        read = partial(TRITON.attention_reading, q[:600], k, k, prompt, Probe(*[_ids(1)] * 3))
         yield f"{name} prefill, read", partial(read, causal=True, queries=some)
         layer = k.transpose(0, 1)[None]
         yield (

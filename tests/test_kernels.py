@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from nanoglimpse import Prompt, load
-from nanoglimpse.kernels.ops import TORCH, Packing, Queries, Reading, Rope, select
+from nanoglimpse.kernels.ops import TORCH, Packing, Probe, Queries, Rope, select
 
 from .tiny import chat_ids, patches_of
 
@@ -317,7 +317,7 @@ def test_a_row_is_read_while_attending(dtype, pruned):
     q, k, v = (rising(113, h, 24, dtype=dtype) for h in (4, 2, 2))
     q, packing = q[rows], Packing(lengths, DEVICE)
     first, stop = [5, 40, 43], [38, 43, 113]
-    reading = Reading(
+    reading = Probe(
         *(
             torch.tensor(x, device=DEVICE)
             for x in ([rows.index(row) for row in asking], first, stop)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanoglimpse import UsageError
-from nanoglimpse.kernels.ops import BACKENDS, CPU, TORCH, Packing, Queries, Reading, Rope, select
+from nanoglimpse.kernels.ops import BACKENDS, CPU, TORCH, Packing, Probe, Queries, Rope, select
 from nanoglimpse.layers import Linear
 
 
@@ -83,7 +83,7 @@ def test_rows_are_read_while_attending(causal, some):
     if some:
         q, rows = q[[1, 3, 10]], torch.tensor([1, 2])
         queries = Queries(Packing([2, 1]), torch.tensor([1, 3, 5]))
-    reading = Reading(rows, torch.tensor([1, 5]), torch.tensor([5, 7]))
+    reading = Probe(rows, torch.tensor([1, 5]), torch.tensor([5, 7]))
     options = {"causal": causal, "queries": queries}
     out, logits = TORCH.attention_reading(q, k, v, Packing([5, 6]), reading, **options)
     assert torch.equal(out, TORCH.attention(q, k, v, Packing([5, 6]), **options))
