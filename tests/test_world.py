@@ -63,9 +63,15 @@ def asked(pictures, *kinds):
 
 
 def mentioned(question):
-    """Colour and shape pairs in the order that the question names them."""
-    pattern = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    """Colour ("" if unsaid) and shape (or "object") of things in the order that they are named."""
+    pattern = rf"(?:({'|'.join(COLOURS)}) )?\b({'|'.join(SHAPES)}|object)\b"
     return re.findall(pattern, question.text)
+
+
+def called(picture, colour, shape):
+    """The one item that these words name."""
+    wanted = {"colour": colour} if colour else {}
+    return the(picture, **wanted | ({} if shape == "object" else {"kind": shape}))
 
 
 def the(picture, **wanted):
@@ -224,10 +230,13 @@ def test_answers_contain_the_short_answer(pictures):
 
 
 def test_object_questions_are_right(pictures):
+    ways = Counter()
     for picture, question in asked(of(pictures, "scene"), "number", "color", "shape"):
         if question.kind == "number":
-            ((colour, shape),) = mentioned(question)
-            item = the(picture, colour=colour, kind=shape)
+            (words,) = mentioned(question)
+            item = called(picture, *words)
+            ways[bool(words[0]), words[1] == "object"] += 1
+            assert " ".join(words).strip() in question.answer
             assert question.short == item.value
             assert item.value.isdigit() or "number" not in question.text + question.answer
             assert not item.value.isdigit() or "code" not in question.text + question.answer
@@ -236,6 +245,8 @@ def test_object_questions_are_right(pictures):
             item = the(picture, value=text)
             assert question.short == (item.colour if question.kind == "color" else item.kind)
         assert question.boxes == (item.box,)
+    assert set(ways) == {(True, False), (True, True), (False, False)}
+    assert min(ways.values()) > 0.1 * ways.total()
 
 
 def test_existence_is_right_and_balanced(pictures):
@@ -253,9 +264,10 @@ def test_comparisons_are_right_and_clear(pictures):
     first = Counter()
     for picture, question in asked(of(pictures, "scene"), "left", "above"):
         axis = ("left", "above").index(question.kind)
-        named = [the(picture, colour=c, kind=s) for c, s in mentioned(question)]
+        words = {" ".join(pair).strip(): called(picture, *pair) for pair in mentioned(question)}
+        named = list(words.values())
         before, after = sorted(named, key=lambda item: centre(item, axis, picture))
-        assert question.short == f"{before.colour} {before.kind}"
+        assert words[question.short] is before
         assert set(question.boxes) == {before.box, after.box}
         assert centre(after, axis, picture) - centre(before, axis, picture) >= 42
         first[named[0] is before] += 1

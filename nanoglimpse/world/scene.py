@@ -218,10 +218,9 @@ def _star() -> list[tuple[float, float]]:
 
 def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:
     """Questions of every kind that the scene can answer."""
-    questions = [
-        make(rng, item)
-        for make in (_ask_number, _ask_color, _ask_shape)
-        for item in some(rng, items, per_kind)
+    questions = [_ask_number(rng, item, items) for item in some(rng, items, per_kind)]
+    questions += [
+        make(rng, item) for make in (_ask_color, _ask_shape) for item in some(rng, items, per_kind)
     ]
     questions += _ask_exists(rng, plan, items, per_kind)
     questions += _ask_sides(rng, plan, items, per_kind)
@@ -231,8 +230,18 @@ def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) 
 
 
 def thing(item: Item) -> str:
-    """What a question calls the object."""
+    """The object by its colour and its shape, of which there is one."""
     return f"{item.colour} {item.kind}"
+
+
+def _called(rng: random.Random, item: Item, items: tuple[Item, ...]) -> str:
+    """What a question calls the object: by one of the two where that is enough, or by both."""
+    names = [thing(item)]
+    if sum(other.colour == item.colour for other in items) == 1:
+        names.append(f"{item.colour} object")
+    if sum(other.kind == item.kind for other in items) == 1:
+        names.append(item.kind)
+    return rng.choice(names)
 
 
 def _a(words: str) -> str:
@@ -243,10 +252,10 @@ def _noun(item: Item) -> str:
     return "number" if item.value.isdigit() else "code"
 
 
-def _ask_number(rng: random.Random, item: Item) -> Question:
-    phrase = rng.choice(PHRASES[_noun(item)] + PHRASES["text"])
-    answer = f"The {_noun(item)} on the {thing(item)} is {item.value}."
-    return Question(phrase.format(thing(item)), answer, item.value, (item.box,), "number")
+def _ask_number(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
+    phrase, name = rng.choice(PHRASES[_noun(item)] + PHRASES["text"]), _called(rng, item, items)
+    answer = f"The {_noun(item)} on the {name} is {item.value}."
+    return Question(phrase.format(name), answer, item.value, (item.box,), "number")
 
 
 def _marked(rng: random.Random, kind: str, item: Item) -> str:
@@ -300,7 +309,7 @@ def _ask_sides(
     questions = []
     for axis, (kind, end) in enumerate((("left", "is further left"), ("above", "is higher up"))):
         for first, second in some(rng, _apart(plan, items, axis), per_kind):
-            names = [thing(first), thing(second)]
+            names = [_called(rng, item, items) for item in (first, second)]
             text = rng.choice(PHRASES[kind]).format(*rng.sample(names, 2))
             answer = f"The {names[0]} {end}."
             boxes = (first.box, second.box)
