@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoglimpse import load
+from nanoglimpse.benchmark import measuring
 from nanoglimpse.config import read_config
 from nanoglimpse.cost import Work, paper_prefill
 
@@ -24,8 +25,10 @@ def bench():
     spec = importlib.util.spec_from_file_location("bench", ROOT / "bench.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.SIDE, module.READ = {"cpu": 128}, 2**20  # the roofs do not matter here
-    return module
+    with pytest.MonkeyPatch.context() as patch:  # the roofs do not matter here
+        patch.setattr(measuring, "SIDE", {"cpu": 128})
+        patch.setattr(measuring, "READ", 2**20)
+        yield module
 
 
 @pytest.fixture(scope="module")
