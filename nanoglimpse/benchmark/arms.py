@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..cost import Rows
 from ..engine import Engine
 from ..kernels.ops import TORCH
 from ..processor import Prompt, preprocess_image
@@ -72,7 +73,7 @@ class Ours:
         head = self.head()
         upper = next(reversed(stages))  # the layers that end with the head
         stages[upper] = max(stages[upper] - head, 0.0)
-        self.left = prefill.positions.shape[1] // self.task.batch
+        self.rows = Rows.of(self.engine, prefill)
         return {
             "preprocess": 1000 * (prepared - start),
             "vision": vision,

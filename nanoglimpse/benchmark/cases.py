@@ -7,12 +7,12 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..cost import Cost, Work
 from ..engine import Engine
 from ..methods import METHODS
 from .arms import Ours, Task
 from .measuring import say
 from .shapes import Forced, random_engine, stored_engine
+from .work import Cost, Work
 
 # How far logits may be from those of the same weights elsewhere, relative to their norm.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -80,24 +80,21 @@ class Case:
 
     def costs(self, arm: Ours) -> dict[str, Cost]:
         """Of the stages of an arm."""
-        work = Work(
-            self.engine, self.task.prompt.grids, len(self.task.prompt), self.visual, self.task.batch
-        )
-        left = arm.left
+        work = Work(self.engine, self.task.prompt.grids, arm.rows, self.task.batch)
+        layers, stop = arm.rows.prefill(), arm.rows.stop
         costs = {"vision": work.vision()}
         if arm.method == "dense":
-            costs["prefill"] = work.prefill(0, work.rows)
+            costs["prefill"] = work.layers(layers)
         else:
-            stop = self.engine.glimpse.config.layers
             costs |= {
-                f"prefill < {stop}": work.below(stop, left),
+                f"prefill < {stop}": work.layers(layers[:stop]),
                 "score": work.score(),
-                "keep": work.keep(stop, left),
-                f"prefill ≥ {stop}": work.prefill(stop, left),
+                "keep": work.keep(),
+                f"prefill ≥ {stop}": work.layers(layers[stop:]),
             }
         self.stages = [*costs]
         costs["lm_head"] = work.head()
-        costs["a token"] = work.step(left + self.args.new // 2)
+        costs["a token"] = work.step(self.args.new // 2)
         return costs
 
     def floors(self, arm: Ours) -> dict[str, float]:

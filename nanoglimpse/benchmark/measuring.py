@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import __version__
-from ..cost import Cost
 from ..engine import Engine
 from . import ROOT
+from .work import Cost
 
 # What the roofs are measured with: rows and columns of a product, bytes to read.
 SIDE = {"cuda": 8192, "cpu": 2048}

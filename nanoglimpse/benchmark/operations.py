@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cost import Cost
 from ..engine import Engine
 from ..kernels.ops import Packing, Rope
 from .measuring import Roofs, best, say
 from .report import table
+from .work import Cost
 
 
 def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> list[dict]:

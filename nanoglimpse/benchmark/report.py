@@ -2,9 +2,10 @@
 
 import statistics
 
-from ..cost import Cost, paper_prefill
+from ..cost import decoder, predict
 from .arms import Ours
 from .cases import Case
+from .work import Cost
 
 BETWEEN = ("preprocess", "vision", "all prefill", "first token", "a token", "end to end")
 
@@ -64,13 +65,11 @@ def _arm(case: Case, name: str) -> dict:
 
 def _conventions(case: Case, arm: Ours, costs: dict[str, Cost]) -> dict:
     """FLOPs of the decoder's prefill, counted exactly and as the paper does."""
-    dense = arm.method == "dense"
-    depth = case.engine.config.text_config.num_hidden_layers
-    stop = depth if dense else case.engine.glimpse.config.layers
     exact = sum(costs[s].flops for s in [*case.stages, "lm_head"] if s != "vision")
-    left = case.visual - (len(case.task.prompt) - arm.left)
-    paper = paper_prefill(case.engine.config, stop, len(case.task.prompt), left)
-    paper = case.task.batch * paper + (0 if dense else costs["score"].flops)
+    paper = decoder(case.engine.config.text_config, arm.rows.paper_prefill())
+    if arm.method != "dense":
+        paper += predict(case.engine.glimpse.predictor, case.task.prompt.grids)
+    paper *= case.task.batch
     print(f"prefill {exact / 1e9:.2f} GFLOP; {paper / 1e9:.2f} by the paper's convention")
     return {"prefill_flops": exact, "prefill_flops_paper": paper}
 
