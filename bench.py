@@ -6,11 +6,12 @@
     python bench.py --kernels --shape 7b                  each operation alone
 
 A shape is built from random weights on the device; as those prune at random, the share that stays
-is forced while glimpse and predictor run all the same. Rounds alternate between the arms, so that
-a ratio holds when the machine drifts. A gate comes first: what computes wrong is not timed. Floors
+is forced while glimpse and predictor run all the same. Rounds alternate between the arms, so that a
+ratio holds when the machine drifts. A gate comes first: what computes wrong is not timed. Floors
 are operations over the rate of a large product and bytes over the bandwidth of reading a large
-tensor, both measured first. A ceiling is the speed-up of who reaches the floor. The last line of
-stdout is one JSON object.
+tensor, both measured first. A ceiling is the speed-up of who reaches the floor. Beside each answer
+to a single prompt stand two questions to a session, up to their logits: the first one, which reads
+the picture, and a further one. The last line of stdout is one JSON object.
 """
 
 import argparse

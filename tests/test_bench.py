@@ -75,9 +75,18 @@ def test_arms_side_by_side(bench, shape, capsys, tmp_path):
         stages = {"preprocess", "vision", "prefill < 4", "score", "keep", "prefill ≥ 4", "lm_head"}
         assert stages | {"first token", "a token", "end to end"} <= pruned.keys()
         assert peer["ms"]["first token"] > 0
+        assert ("further question" in dense) == (case["batch"] == 1)
+        for arm in (dense, pruned) if case["batch"] == 1 else ():
+            first, further = arm["first question"], arm["further question"]
+            assert first["ms"] > 0 < further["ms"]
+            assert first["flops"] > arm["prefill_flops"] > further["flops"]
+            assert first["floor_ms"] > further["floor_ms"]
         assert pruned["a token"]["p20"] <= pruned["a token"]["p80"]
         assert dense["a token"]["floor_ms"] > pruned["a token"]["floor_ms"]
         assert set(case["ratios"]["a token"]) >= {"engine", "engine_ceiling", "pruned to 25.0%"}
+    # Dense, prefix and question take what the prompt does.
+    dense = summary["cases"][0]["arms"]["dense"]
+    assert dense["first question"]["flops"] == dense["vision"]["flops"] + dense["prefill_flops"]
     assert "paper's convention" in out
     assert "times as fast as dense" in out.splitlines()[-2]
     with Image.open(figure) as image:

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cost import Rows
+from ..cost import Rows, session_prefix, session_question
 from ..engine import Engine
 from ..kernels.ops import TORCH
 from ..processor import Prompt, preprocess_image
+from ..session import Session
 from .measuring import Memory, best, now, say
 from .shapes import random_tensors, shape_config, skeleton
 
@@ -39,6 +40,14 @@ class Task:
         ids = [*text[:half], config.vision_start_token_id, *[config.image_token_id] * count]
         ids += [config.vision_end_token_id, *text[half:]]
         return Prompt.from_tokens(ids, patches, [grid], config=config)
+
+    def begin(self, method: str) -> tuple[Session, Tensor]:
+        """A session that has read the picture, and the token ids of the question."""
+        prompt, config = self.preprocess(), self.engine.config
+        stop = int(prompt.visual.nonzero()[-1]) + 2  # behind <|vision_end|>
+        before, behind = prompt.token_ids.tensor_split([stop])
+        begun = Prompt.from_tokens(before, prompt.patches, prompt.grids, config=config)
+        return self.engine.session(begun, method), behind
 
 
 def noise(visual: int) -> Image.Image:
@@ -83,8 +92,20 @@ class Ours:
             "first token": 1000 * (moments[0] - start),
             **per_token(moments),
             "end to end": 1000 * (moments[-1] - start),
+            **(self.questions() if self.task.batch == 1 else {}),
             "memory": peak,
         }
+
+    def questions(self) -> dict:
+        """Milliseconds from the picture to a question's logits, and of one more in the session."""
+        moments = [now()]
+        session, question = self.task.begin(self.method)
+        for _ in range(2):
+            session.prefill(question)
+            moments.append(now())
+        self.prefix, self.question = session_prefix(session), session_question(session, self.rows)
+        first, further = (1000 * (after - before) for before, after in pairwise(moments))
+        return {"first question": first, "further question": further}
 
     @torch.inference_mode()
     def head(self) -> float:

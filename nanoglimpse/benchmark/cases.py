@@ -60,6 +60,10 @@ class Case:
             METHODS["all"] = Forced(1.0)
             check("keeping all and dense", Ours(self.task, "all").prefill(2).logits, logits)
         for name, arm in self.arms.items():
+            if isinstance(arm, Ours) and self.task.batch == 1:
+                session, question = self.task.begin(arm.method)
+                asked = [session.prefill(question).logits[None] for _ in range(2)][1]
+                check(f"{name} in a session and without one", asked, arm.prefill(2).logits)
             if isinstance(arm, Ours) and name != "dense":
                 inside, after = arm.prefill(2), arm.prefill(2, trace=True)
                 check(f"{name} inside and after layer K", inside.logits, after.logits)
@@ -95,13 +99,18 @@ class Case:
         self.stages = [*costs]
         costs["lm_head"] = work.head()
         costs["a token"] = work.step(self.args.new // 2)
+        if self.task.batch == 1:
+            choice = Cost(0, 0) if arm.method == "dense" else costs["score"] + costs["keep"]
+            further = work.layers(arm.question) + choice + costs["lm_head"]
+            costs["first question"] = costs["vision"] + work.layers(arm.prefix) + further
+            costs["further question"] = further
         return costs
 
     def floors(self, arm: Ours) -> dict[str, float]:
         """Least milliseconds of the stages, and of what they add up to."""
         floors = {stage: self.roofs.floor(cost) for stage, cost in self.costs(arm).items()}
-        prefill = [s for s in floors if s not in ("vision", "a token")]
-        floors["all prefill"] = sum(floors[stage] for stage in prefill)
+        prefill = [stage for stage in self.stages if stage != "vision"]
+        floors["all prefill"] = sum(floors[stage] for stage in [*prefill, "lm_head"])
         floors["first token"] = floors["vision"] + floors["all prefill"]
         floors["end to end"] = floors["first token"] + (self.args.new - 1) * floors["a token"]
         return floors

@@ -36,11 +36,12 @@ def _arm(case: Case, name: str) -> dict:
     for stage in [s for s in case.figures[name] if s not in ("memory", "tokens")]:
         value, cost, floor = case.middle(name, stage), costs.get(stage), floors.get(stage)
         share = value * (case.args.new - 1 if stage == "a token" else 1) / total
+        asked = stage.endswith("question")  # in a session, beside the answer and no share of it
         rows.append(
             [
                 named(stage),
                 f"{value:.2f}",
-                f"{share:.1%}",
+                "" if asked else f"{share:.1%}",
                 f"{cost.flops / 1e9:.2f}" if cost else "",
                 f"{cost.bytes / 1e6:.2f}" if cost else "",
                 "" if floor is None else f"{floor:.3f}",
