@@ -92,16 +92,16 @@ class Ours:
             "first token": 1000 * (moments[0] - start),
             **per_token(moments),
             "end to end": 1000 * (moments[-1] - start),
-            **(self.questions() if self.task.batch == 1 else {}),
+            **(self.questions(new) if self.task.batch == 1 else {}),
             "memory": peak,
         }
 
-    def questions(self) -> dict:
+    def questions(self, new: int) -> dict:
         """Milliseconds from the picture to a question's logits, and of one more in the session."""
         moments = [now()]
         session, question = self.task.begin(self.method)
         for _ in range(2):
-            session.prefill(question)
+            session.prefill(question, max_new_tokens=new)
             moments.append(now())
         self.prefix, self.question = session_prefix(session), session_question(session, self.rows)
         first, further = (1000 * (after - before) for before, after in pairwise(moments))
