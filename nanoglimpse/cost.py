@@ -1,146 +1,222 @@
-"""What each stage of an answer has to compute and to move, whatever computes it.
+"""FLOPs of pictures, prompts and answers, as they run here and as the paper counts them.
 
-A multiply-add is two operations. Attention of the decoder is causal and counts the pairs that a
-row sees; the last layer runs for the last row alone, as it does here, and of layer K only what
-survives attends. Bytes are weights read once a call, rows read and written once a layer, and the
-cache; what a good kernel keeps on the chip is not counted. `paper_prefill` is the convention of the
-paper's tables instead (official cal_flops.py).
+A multiply-add is two operations. A layer of the decoder takes keys and values of the rows that
+write, q, o and MLP of those that attend, and scores and sums of the pairs of rows that attention
+sees; what runs is a list of these numbers, a layer each. Norms, rotations, softmax and what a
+method spends on its own choice are left out; of GlimpsePrune's choice the products are counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .config import Config
+from .config import Config, TextConfig
 from .engine import Engine
+from .glimpse import Predictor
+from .methods import METHODS
+from .methods.glimpse import GlimpsePrune
+from .results import Prefill
 from .rope import Grid
+from .session import Session
 from .vision import layout
 
 
-class Cost(NamedTuple):
-    """Operations and bytes."""
-
-    flops: float
-    bytes: float
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def seconds(self, rate: float, bandwidth: float) -> float:
-        """The least that a device of so many FLOP/s and bytes/s needs."""
-        return max(self.flops / rate, self.bytes / bandwidth)
-
-
-class Work:
-    """Costs of an engine's stages for B copies of one prompt.
+class LayerRows(NamedTuple):
+    """What a layer of the decoder does for one sequence.
 
     Attributes:
-        rows: of each prompt.
-        visual: visual tokens of each prompt.
-        batch: B.
+        writes: rows whose keys and values it computes.
+        attends: how many of them go on to attention and MLP.
+        pairs: of a row that attends and a row that it sees.
+        before: rows whose keys and values are there already.
     """
 
-    def __init__(self, engine: Engine, grids: Sequence[Grid], rows: int, visual: int, batch: int):
-        self.engine, self.grids = engine, tuple(grids)
-        self.rows, self.visual, self.batch = rows, visual, batch
-        self.size = torch.empty(0, dtype=engine.dtype).element_size()
-        text = engine.config.text_config
-        self.width, self.depth = text.hidden_size, text.num_hidden_layers
-        self.kv = 2 * text.num_key_value_heads * text.head_dim
-        self.weights = _bytes(engine.decoder.layers) / self.depth
-        head = engine.decoder.lm_head or engine.decoder.embed_tokens
-        self.head_weights = _bytes(head)
-        self.later = self.width * (2 * self.width + 3 * text.intermediate_size)  # q, o, MLP
+    writes: int
+    attends: int
+    pairs: int
+    before: int = 0
 
-    def vision(self) -> Cost:
-        """The encoder and its merger."""
-        v = self.engine.config.vision_config
-        plan = layout(self.grids, v, torch.device("cpu"))
-        patches, unit = len(plan.patches), v.hidden_size * v.merge_unit
-        linear = v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
-        full = len(v.fullatt_block_indexes)
-        pairs = full * sum(n * n for n in plan.frames.lengths)
-        pairs += (v.depth - full) * sum(n * n for n in plan.windows.lengths)
-        flops = 2 * patches * (v.depth * linear + v.patch_dim * v.hidden_size)
-        flops += 4 * pairs * v.hidden_size
-        flops += 2 * patches // v.merge_unit * unit * (unit + v.out_hidden_size)
-        moved = patches * (v.patch_dim + 2 * v.depth * v.hidden_size) * self.size
-        return Cost(self.batch * flops, _bytes(self.engine.vision) + self.batch * moved)
+    @classmethod
+    def all(cls, rows: int, before: int = 0) -> "LayerRows":
+        """Rows that all attend, causally."""
+        return cls(rows, rows, rows * before + rows * (rows + 1) // 2, before)
 
-    def layers(self, count: int, rows: int, attending: int | None = None) -> Cost:
-        """Decoder layers over sequences of so many rows, of which some only write.
+    @classmethod
+    def some(cls, rows: int, places: Sequence[int]) -> "LayerRows":
+        """Rows of which those at these places attend."""
+        return cls(rows, len(places), sum(places) + len(places))
 
-        Args:
-            count: of layers.
-            rows: of each sequence.
-            attending: how many of them go on to attention and MLP; all if None.
-        """
-        attending = rows if attending is None else attending
-        pairs = attending * (rows + 1) / (2 if attending > 1 else 1)
-        flops = 2 * (rows * self.width * self.kv + attending * self.later) + 4 * pairs * self.width
-        moved = (rows * (self.width + self.kv) + attending * self.width) * self.size
-        return Cost(
-            count * self.batch * flops, count * ((rows > 0) * self.weights + self.batch * moved)
+    @classmethod
+    def last(cls, rows: int, before: int = 0) -> "LayerRows":
+        """Rows of which the last one attends."""
+        return cls(rows, 1, before + rows, before)
+
+    @classmethod
+    def square(cls, rows: int, keys: int) -> "LayerRows":
+        """Rows that see all keys, those behind them too: the paper's convention."""
+        return cls(rows, rows, rows * keys)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one prompt on their way through L layers.
+
+    Attributes:
+        total: T, before pruning.
+        visual: N of them.
+        processed: visual rows that each layer processes.
+        cached: visual rows that each layer's cache holds.
+        stops: layers after which a method looked.
+        probe: whether a glimpse rode through the layers before that.
+        survivors: places of the rows that alone attend in the layer before the only stop, where
+            the method looks inside it; None where it waits for its end.
+    """
+
+    total: int
+    visual: int
+    processed: Sequence[int]
+    cached: Sequence[int]
+    stops: Sequence[int] = ()
+    probe: bool = False
+    survivors: Sequence[int] | None = None
+
+    @classmethod
+    def of(cls, engine: Engine, prefill: Prefill, prompt: int = 0) -> "Rows":
+        """Those of one prompt of a prefill."""
+        method, batch = METHODS[prefill.method], prefill.batch
+        stops, survivors = method.stops(engine), None
+        if any(stops) and not method.needs_hidden and prefill.hidden is None:
+            rows, counts = batch.survivors(prefill.kept)
+            survivors = (rows.split(counts)[prompt] - sum(batch.counts[:prompt])).tolist()
+        return cls(
+            total=batch.counts[prompt],
+            visual=batch.visual_counts[prompt],
+            processed=[layer[prompt] for layer in prefill.processed],
+            cached=[layer[prompt] for layer in prefill.cached],
+            stops=stops,
+            probe=method.probe(engine) is not None,
+            survivors=survivors,
         )
 
-    def prefill(self, first: int, rows: int) -> Cost:
-        """Layers `first`… of a prompt that has so many rows left; the last for its last row."""
-        if first >= self.depth:
-            return Cost(0, 0)
-        return self.layers(self.depth - first - 1, rows) + self.layers(1, rows, 1)
+    @property
+    def text(self) -> int:
+        """Rows that are not visual tokens."""
+        return self.total - self.visual
 
-    def below(self, stop: int, left: int) -> Cost:
-        """Layers up to `stop`, pruned inside the last of them to `left` rows."""
-        return self.layers(stop - 1, self.rows) + self.layers(1, self.rows, left)
+    @property
+    def stop(self) -> int:
+        """Layers that have run at the last look; 0 if there is none inside the decoder."""
+        return max(self.stops, default=0)
 
-    def score(self) -> Cost:
-        """The glimpse row's logits and the predictor."""
-        config, own = self.engine.config, self.engine.glimpse.config
-        n, size, condition = self.visual, own.attn_fuse_size, own.visual_cond_size
-        both, taps = size + condition, len(own.selected_visual_layers)
-        linear = 2 * both * both + 8 * size * size + config.vision_config.hidden_size * condition
-        frames = [h * w // config.vision_config.merge_unit for _, h, w in self.grids]
-        flops = taps * (2 * n * linear + 2 * sum(f * f for f in frames) * (both + size))
-        flops += 2 * n * self.width * len(own.selected_layers)
-        moved = n * (self.kv / 2 + taps * config.vision_config.hidden_size) * self.size
-        return Cost(self.batch * flops, _bytes(self.engine.glimpse.predictor) + self.batch * moved)
+    def prefill(self) -> list[LayerRows]:
+        """Each layer up to the first logits; if none has to wait for it, the last for one row."""
+        layers = []
+        for layer, visual in enumerate(self.processed):
+            rows = self.text + visual + (self.probe and layer < self.stop)
+            if self.survivors is not None and layer == self.stop - 1:
+                layers.append(LayerRows.some(rows, self.survivors))
+            elif layer == len(self.processed) - 1 and self.stop < len(self.processed):
+                layers.append(LayerRows.last(rows))
+            else:
+                layers.append(LayerRows.all(rows))
+        return layers
 
-    def keep(self, stop: int, left: int) -> Cost:
-        """The gather of hidden rows and of the cache of `stop` layers: read and written."""
-        return Cost(0, 2 * self.batch * left * (stop * self.kv + self.width) * self.size)
+    def step(self, number: int) -> list[LayerRows]:
+        """Each layer for the answer's token of this number, from 1: it is read to get the next."""
+        return [LayerRows.all(1, self.text + visual + number - 1) for visual in self.cached]
 
-    def head(self) -> Cost:
-        """Logits of one row a prompt."""
-        flops = 2 * self.batch * self.width * self.engine.config.text_config.vocab_size
-        return Cost(flops, self.head_weights)
+    def paper_prefill(self) -> list[LayerRows]:
+        """As the paper's public code counts: after pruning the survivors, and the text not."""
+        counts = (self.total if n == self.visual else n for n in self.processed)
+        return [LayerRows.square(n, n) for n in counts]
 
-    def step(self, rows: int) -> Cost:
-        """One token for every prompt, whose cache holds so many rows in every layer."""
-        flops = 2 * (self.width * self.kv + self.later) + 4 * rows * self.width
-        cache = rows * self.kv * self.size
-        moved = self.depth * (self.weights + self.batch * cache)
-        return Cost(self.depth * self.batch * flops, moved) + self.head()
+    def paper_step(self, number: int) -> list[LayerRows]:
+        """As there, from 0: the first token takes a step, too, and a pruned cache has no text."""
+        counts = (self.total if n == self.visual else n for n in self.cached)
+        return [LayerRows.square(1, n + number) for n in counts]
 
 
-def paper_prefill(config: Config, stop: int, rows: int, left: int) -> float:
-    """FLOPs of a prefill as the paper counts them: every pair of rows, all rows in all layers.
+def session_prefix(session: Session) -> list[LayerRows]:
+    """What a session does once; in the last of all layers nothing asks yet."""
+    prefix = session.prefix
+    layers = [LayerRows.all(prefix.rows)] * prefix.stretch.layers
+    return layers if prefix.stretch.stop else [*layers, LayerRows(prefix.rows, 0, 0)]
+
+
+def session_question(session: Session, rows: Rows) -> list[LayerRows]:
+    """What a question then takes; `rows` are those of its prefill."""
+    stretch, before = session.prefix.stretch, session.prefix.rows
+    new = rows.total - len(session.prompt)
+    if not stretch.stop:
+        return [LayerRows.all(new, before)] * stretch.layers + [LayerRows.last(new, before)]
+    shared = [LayerRows.all(new + rows.probe, before)] * stretch.layers
+    return shared + rows.prefill()[stretch.stop :]
+
+
+def decoder(config: TextConfig, layers: Iterable[LayerRows]) -> int:
+    """FLOPs of layers of the decoder."""
+    query = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    write = 2 * config.hidden_size * 2 * kv
+    attend = 2 * config.hidden_size * (2 * query + 3 * config.intermediate_size)
+    return sum(n.writes * write + n.attends * attend + 4 * n.pairs * query for n in layers)
+
+
+def head(config: TextConfig) -> int:
+    """FLOPs of one row's logits."""
+    return 2 * config.hidden_size * config.vocab_size
+
+
+def vision(config: Config, grids: Sequence[Grid]) -> int:
+    """FLOPs of the vision encoder and its merger: windows attend inside, few layers fully."""
+    v = config.vision_config
+    plan = layout(tuple(grids), v, torch.device("cpu"))
+    patches = len(plan.patches)
+    linear = v.hidden_size * (4 * v.hidden_size + 3 * v.intermediate_size)
+    pairs = {True: sum(n * n for n in plan.frames.lengths)}
+    pairs[False] = sum(n * n for n in plan.windows.lengths)
+    attention = sum(pairs[i in v.fullatt_block_indexes] for i in range(v.depth)) * v.hidden_size
+    unit = v.hidden_size * v.merge_unit
+    merger = patches // v.merge_unit * unit * (unit + v.out_hidden_size)
+    return 2 * (patches * (v.depth * linear + v.patch_dim * v.hidden_size) + merger) + 4 * attention
+
+
+def predict(predictor: Predictor, grids: Sequence[Grid]) -> int:
+    """FLOPs of GlimpsePrune's predictor."""
+    lengths = predictor.plan(tuple(grids), torch.device("cpu"))[1].lengths
+    modules = predictor.named_parameters()
+    products = sum(p.numel() for name, p in modules if p.dim() == 2)
+    attended = sum(block.heads * (block.qk_dim + block.v_dim) for block in predictor.layers)
+    return 2 * sum(lengths) * products + 2 * sum(n * n for n in lengths) * attended
+
+
+def glimpse_logits(engine: Engine, rows: int) -> int:
+    """FLOPs of the glimpse's q and its logits to so many rows, in the layers that are read."""
+    text = engine.config.text_config
+    query = text.num_attention_heads * text.head_dim
+    return 2 * len(engine.glimpse.config.selected_layers) * query * (text.hidden_size + rows)
+
+
+def count(engine: Engine, prefill: Prefill, prompt: int, tokens: int) -> dict[str, float]:
+    """FLOPs of a prompt and its answer by part; `paper …` are as the paper counts them.
 
     Args:
-        config: of the model.
-        stop: layers that run over all rows.
-        rows: of the prompt.
-        left: visual tokens that survive; text is left out above K, as in the official code.
+        engine: that ran.
+        prefill: of prompts.
+        prompt: which of them.
+        tokens: of the answer; the first comes out of the prefill.
     """
-    text = config.text_config
-    size, kv = text.hidden_size, text.num_key_value_heads * text.head_dim
-
-    def layer(n: int) -> float:
-        linear = 2 * n * size * (2 * size + 2 * kv + 3 * text.intermediate_size)
-        return linear + 4 * n * n * size
-
-    return stop * layer(rows) + (text.num_hidden_layers - stop) * layer(left)
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    config, rows = engine.config.text_config, Rows.of(engine, prefill, prompt)
+    grids, predicted, asked = prefill.batch.grids[prompt], 0, 0
+    if isinstance(METHODS[prefill.method], GlimpsePrune):
+        predicted = predict(engine.glimpse.predictor, grids)
+        asked = glimpse_logits(engine, rows.total)
+    return {
+        "vision": vision(engine.config, grids),
+        "prefill": decoder(config, rows.prefill()) + head(config) + predicted + asked,
+        "decode": sum(decoder(config, rows.step(n)) + head(config) for n in range(1, tokens)),
+        "paper prefill": decoder(config, rows.paper_prefill()) + predicted,
+        "paper decode": sum(decoder(config, rows.paper_step(n)) for n in range(tokens)),
+    }

@@ -70,11 +70,11 @@ def load(
         UsageError: an argument names something that does not exist here.
         NanoglimpseError: a file is missing, broken, or of another model.
     """
-    place = _device(device)
+    place = find_device(device)
     ops = select(backend, place)
     folder = locate(model, MODEL_FILES)
     config = read_config(folder / "config.json")
-    kind = _dtype(dtype, place, config)
+    kind = find_dtype(dtype, place, config)
     if quantize is not None:
         check_quantized(quantize, place)
     # The small files first, so that a mistake shows before gigabytes are read.
@@ -106,7 +106,8 @@ def find_method(name: str, max_ratio: float | None) -> Method:
     return method
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that `load` is told of, if it exists here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -118,7 +119,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, config: Config) -> torch.dtype:
+def find_dtype(name: str, device: torch.device, config: Config) -> torch.dtype:
+    """The dtype that `load` is told of."""
     if name == "auto":
         small = config.text_config.hidden_size <= SMALL_HIDDEN_SIZE
         return torch.float32 if small and device.type == "cpu" else torch.bfloat16

@@ -3,14 +3,14 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanoglimpse import load
-from nanoglimpse.config import read_config
-from nanoglimpse.cost import Work, paper_prefill
+from nanoglimpse import cost, load
+from nanoglimpse.benchmark import measuring
 from nanoglimpse.methods import METHODS
 
 from .test_methods import prompt_of
@@ -25,17 +25,13 @@ def bench():
     spec = importlib.util.spec_from_file_location("bench", ROOT / "bench.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.SIDE, module.READ = {"cpu": 128}, 2**20  # the roofs do not matter here
-    return module
-
-
-@pytest.fixture(autouse=True)
-def methods():
-    """Forced shares are methods while a benchmark runs, and not for the tests that follow."""
-    known = dict(METHODS)
-    yield
-    METHODS.clear()
-    METHODS.update(known)
+    with pytest.MonkeyPatch.context() as patch:  # the roofs do not matter here
+        patch.setattr(measuring, "SIDE", {"cpu": 128})
+        patch.setattr(measuring, "READ", 2**20)
+        known = dict(METHODS)
+        yield module
+        METHODS.clear()  # of the methods that force a share
+        METHODS.update(known)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +75,18 @@ def test_arms_side_by_side(bench, shape, capsys, tmp_path):
         stages = {"preprocess", "vision", "prefill < 4", "score", "keep", "prefill ≥ 4", "lm_head"}
         assert stages | {"first token", "a token", "end to end"} <= pruned.keys()
         assert peer["ms"]["first token"] > 0
+        assert ("further question" in dense) == (case["batch"] == 1)
+        for arm in (dense, pruned) if case["batch"] == 1 else ():
+            first, further = arm["first question"], arm["further question"]
+            assert first["ms"] > 0 < further["ms"]
+            assert first["flops"] > arm["prefill_flops"] > further["flops"]
+            assert first["floor_ms"] > further["floor_ms"]
         assert pruned["a token"]["p20"] <= pruned["a token"]["p80"]
         assert dense["a token"]["floor_ms"] > pruned["a token"]["floor_ms"]
         assert set(case["ratios"]["a token"]) >= {"engine", "engine_ceiling", "pruned to 25.0%"}
+    # Dense, prefix and question take what the prompt does.
+    dense = summary["cases"][0]["arms"]["dense"]
+    assert dense["first question"]["flops"] == dense["vision"]["flops"] + dense["prefill_flops"]
     assert "paper's convention" in out
     assert "times as fast as dense" in out.splitlines()[-2]
     with Image.open(figure) as image:
@@ -140,34 +145,30 @@ def test_misuse_is_one_line(bench, shape, capsys, options, words):
     assert words in err
 
 
-def test_the_papers_figures():
-    """Prefill of 5,074 rows by the formula of the official cal_flops.py."""
-    for name, expected in (("3b", 35.75e12), ("7b", 76.55e12)):
-        config = read_config(ROOT / "tests" / "configs" / f"qwen2.5-vl-{name}.json")
-        depth = config.text_config.num_hidden_layers
-        assert paper_prefill(config, depth, 5074, 0) == pytest.approx(expected, rel=2e-4)
-
-
-def test_products_are_counted_as_torch_counts_them(tiny_folder):
-    """Matrix products of both towers; attention is left to its own formula."""
+@pytest.mark.parametrize("method", ["dense", "glimpse", "random"])
+def test_products_are_counted_as_torch_counts_them(tiny_folder, method):
+    """Matrix products of both towers and the predictor; attention is left to its own formula."""
     engine = load(tiny_folder, dtype="float32", device="cpu", backend="torch")
-    prompt = prompt_of(engine, 5, GRID, 7)
-    rows, visual = len(prompt), int(prompt.visual.sum())
-    work = Work(engine, prompt.grids, rows, visual, 1)
+    width, prompt = engine.config.text_config.hidden_size, prompt_of(engine, 5, GRID, 7)
 
-    def products(call) -> int:
+    def products(call) -> tuple[int, Any]:
         with FlopCounterMode(display=False) as counter:
-            call()
+            result = call()
         counts = counter.get_flop_counts()["Global"]
-        return sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+        return sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")), result
 
-    vision = products(lambda: engine.vision(prompt.patches, prompt.grids))
+    vision, _ = products(lambda: engine.vision(prompt.patches, prompt.grids))
+    both, prefill = products(lambda: engine.prefill(prompt, method, max_ratio=0.4))
+    found = cost.count(engine, prefill, 0, 1)
     # Windows of 4 × 4 visual tokens in a grid of 6 × 9, and two blocks that see all 216 patches.
     windows = 2 * 64**2 + 2 * 32**2 + 16**2 + 8**2
     attention = 4 * (3 * windows + 2 * 216**2) * engine.config.vision_config.hidden_size
-    assert vision == work.vision().flops - attention
-    both = products(lambda: engine.prefill(prompt, "dense"))
-    seen = 5 * rows * (rows + 1) / 2 + rows + 1
-    attention = 4 * seen * engine.config.text_config.hidden_size
-    expected = work.prefill(0, rows).flops + work.head().flops - attention
-    assert both - vision == pytest.approx(expected)
+    assert vision == found["vision"] - attention
+    pairs = sum(layer.pairs for layer in cost.Rows.of(engine, prefill).prefill())
+    attention = 4 * pairs * width
+    if method == "glimpse":
+        glimpse, visual = engine.glimpse.config, len(prefill.kept)
+        sizes = 2 * glimpse.attn_fuse_size + glimpse.visual_cond_size
+        attention += 2 * len(glimpse.selected_visual_layers) * visual**2 * sizes
+        attention += 2 * len(glimpse.selected_layers) * len(prompt) * width
+    assert both - vision == found["prefill"] - attention

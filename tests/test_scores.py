@@ -2,15 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanoglimpse import Prompt
+from nanoglimpse import Prompt, cost
 from nanoglimpse.config import parse_config
-from nanoglimpse.evaluate import flops
-from nanoglimpse.evaluate.flops import Rows
+from nanoglimpse.cost import LayerRows, Rows
 from nanoglimpse.evaluate.interval import bounds, mean_interval, resampled
 from nanoglimpse.evaluate.scores import anls, contains, edits, exact, overlap, token_f1, words
 
@@ -131,7 +131,7 @@ def test_flops_as_the_paper_counts(shape, tera):
     config = _shape(shape).text_config
     depth = config.num_hidden_layers
     rows = Rows(5074, 5000, [5000] * depth, [5000] * depth)
-    assert flops.paper_prefill(config, rows) / 1e12 == pytest.approx(tera, abs=5e-4)
+    assert cost.decoder(config, rows.paper_prefill()) / 1e12 == pytest.approx(tera, abs=5e-4)
 
 
 def _shape(name: str):
@@ -149,24 +149,65 @@ def test_flops_of_the_paper_after_pruning():
         return 4 * n * d * d + 4 * n * d * kv + 4 * n * keys * d + 6 * n * d * inner
 
     wanted = 19 * layer(1000, 1000) + 9 * layer(90, 90)
-    assert flops.paper_prefill(config, rows) == wanted
+    assert cost.decoder(config, rows.paper_prefill()) == wanted
     decoded = 28 * (layer(1, 90) + layer(1, 91))
-    assert flops.paper_decode(config, rows, 2) == decoded
+    assert sum(cost.decoder(config, rows.paper_step(n)) for n in range(2)) == decoded
+
+
+# Of the tiny model: d = 48, k and v 2 × 16, MLP 72.
+WRITE, ATTEND, PAIR = 2 * 48 * 32, 2 * 48 * (2 * 48 + 3 * 72), 4 * 48
 
 
 def test_exact_flops_by_hand(tiny):
-    """d = 48, k and v 2 × 16, MLP 72, 6 layers, 130 words; 10 text and 8 visual rows, 3 kept."""
+    """6 layers, 130 words; 10 text and 8 visual rows, 3 kept, a glimpse below."""
     config = tiny.config.text_config
     rows = Rows(18, 8, [8] * 4 + [3] * 2, [3] * 6, stops=(4,), probe=True)
-    write, attend, pair = 2 * 48 * 32, 2 * 48 * (2 * 48 + 3 * 72), 4 * 48
-    full = 19 * (write + attend) + 19 * 20 // 2 * pair
-    pruned = 13 * (write + attend) + 13 * 14 // 2 * pair
-    last = 13 * write + attend + 13 * pair
-    head = 2 * 48 * 130
-    assert flops.prefill(config, rows) == 4 * full + pruned + last + head
-    steps = [6 * (write + attend + keys * pair) + head for keys in (14, 15)]
-    assert flops.decode(config, rows, 3) == sum(steps)
-    assert flops.decode(config, rows, 1) == 0
+    full = 19 * (WRITE + ATTEND) + 19 * 20 // 2 * PAIR
+    pruned = 13 * (WRITE + ATTEND) + 13 * 14 // 2 * PAIR
+    last = 13 * WRITE + ATTEND + 13 * PAIR
+    assert cost.decoder(config, rows.prefill()) == 4 * full + pruned + last
+    assert cost.head(config) == 2 * 48 * 130
+    for number in (1, 2):
+        step = 6 * (WRITE + ATTEND + (13 + number) * PAIR)
+        assert cost.decoder(config, rows.step(number)) == step
+    places = [0, 1, 4, *range(8, 18)]
+    inside = replace(rows, survivors=places)
+    some = 19 * WRITE + 13 * ATTEND + (13 + sum(places)) * PAIR
+    assert cost.decoder(config, inside.prefill()) == 3 * full + some + pruned + last
+
+
+def test_where_the_last_layer_looks_it_runs_for_more_than_the_last_row():
+    """Whole if the method waits for its end, for what survives if it looks inside."""
+    rows = Rows(18, 8, [8] * 6, [3] * 6, stops=(6,))
+    assert rows.prefill() == [LayerRows.all(18)] * 6
+    inside = replace(rows, survivors=range(13)).prefill()
+    assert inside == [LayerRows.all(18)] * 5 + [LayerRows(18, 13, 13 * 14 // 2)]
+
+
+def test_flops_of_answers(tiny):
+    """Each prompt of a batch by itself; what survives inside layer K sees what stands before."""
+    prompts, head = [], 2 * 48 * 130
+    for seed, grid in enumerate([(1, 4, 4), (1, 10, 12)]):
+        ids = chat_ids(5, grid, 4, seed=seed)
+        prompts.append(Prompt.from_tokens(ids, patches_of([grid]), [grid], config=tiny.config))
+    prefill = tiny.prefill_many(prompts, "glimpse", max_ratio=0.5)
+    kept = prefill.kept.split(prefill.batch.visual_counts)
+    for i, prompt in enumerate(prompts):
+        stays = ~prompt.visual
+        stays[prompt.visual] = kept[i]
+        n, left = len(prompt), int(stays.sum())
+        below = 3 * ((n + 1) * (WRITE + ATTEND) + (n + 1) * (n + 2) // 2 * PAIR)
+        seen = sum(row + 1 for row in range(n) if stays[row])
+        below += (n + 1) * WRITE + left * ATTEND + seen * PAIR
+        above = left * (WRITE + ATTEND) + left * (left + 1) // 2 * PAIR
+        above += left * WRITE + ATTEND + left * PAIR
+        chosen = cost.predict(tiny.glimpse.predictor, prompt.grids)
+        chosen += 2 * len(tiny.glimpse.config.selected_layers) * 48 * (48 + n)
+        found = cost.count(tiny, prefill, i, 2)
+        assert found["prefill"] == below + above + chosen + head
+        assert found["vision"] == cost.vision(tiny.config, prompt.grids)
+        assert found["decode"] == head + 6 * (WRITE + ATTEND + (left + 1) * PAIR)
+        assert cost.count(tiny, prefill, i, 1)["decode"] == 0
 
 
 def test_predictor_flops_by_hand(tiny):
@@ -176,7 +217,7 @@ def test_predictor_flops_by_hand(tiny):
     block = (size + condition) * 2 * (size + condition) + 2 * size * size + 3 * size * 2 * size
     products = 6 * size + 3 * (24 * condition + block) + size
     attended = 3 * n * n * (size + condition + size)
-    assert flops.predict(predictor, [grid]) == 2 * (n * products + attended)
+    assert cost.predict(predictor, [grid]) == 2 * (n * products + attended)
 
 
 def test_vision_flops_by_hand(tiny):
@@ -185,7 +226,7 @@ def test_vision_flops_by_hand(tiny):
     linear = patches * (5 * 24 * (4 * 24 + 3 * 40) + 3 * 2 * 14 * 14 * 24)
     merger = 16 * unit * (unit + 48)
     attention = 5 * patches**2 * 24
-    assert flops.vision(tiny.config, [(1, 8, 8)]) == 2 * (linear + merger) + 4 * attention
+    assert cost.vision(tiny.config, [(1, 8, 8)]) == 2 * (linear + merger) + 4 * attention
 
 
 def test_budgets_of_each_prompt(tiny):

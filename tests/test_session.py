@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanoglimpse import NanoglimpseError, Prompt, UsageError, chat, generate, load
+from nanoglimpse import NanoglimpseError, Prompt, UsageError, chat, cost, generate, load
 from nanoglimpse.decoder import Block
 from nanoglimpse.kernels.ops import TORCH
 from nanoglimpse.kernels.ops import select as backend_ops
 from nanoglimpse.methods import METHODS, Choice, Method
 from nanoglimpse.prefix import Stretch, append
 from nanoglimpse.rope import mrope
-from nanoglimpse.session import Session, flops
+from nanoglimpse.session import Session
 from nanoglimpse.session_file import fingerprint
 from nanoglimpse.weights import EMBEDDED
 
@@ -377,16 +377,17 @@ def test_bytes_are_those_of_what_is_held(tiny):
 def test_flops_of_a_session_are_those_of_a_prompt(tiny):
     """Dense, prefix and question together take what the prompt does; pruned, the rest less."""
     text, session = tiny.config.text_config, tiny.session(pictures(tiny), "dense")
-    before, rows = len(pictures(tiny)), 9
-    total = before + rows
-    linear = 48 * (2 * 48 + 2 * 16 + 3 * 72)
-    expected = 2 * 5 * (total * linear + total**2 * 48)  # all layers but the last
-    expected += 2 * total * 48 * 2 * 16 + 2 * (48 * (2 * 48 + 3 * 72) + 2 * total * 48)
-    assert sum(flops(session, rows, 0).values()) == expected + 2 * 48 * text.vocab_size
+    rows = cost.Rows.of(tiny, session.prefill(tail(2)))
+    prefix, question = cost.session_prefix(session), cost.session_question(session, rows)
+    assert cost.decoder(text, prefix + question) == cost.decoder(text, rows.prefill())
     pruned = tiny.session(pictures(tiny))
-    few, many = (flops(pruned, rows, kept) for kept in (2, 20))
-    assert few["prefix"] == many["prefix"] < flops(session, rows, 0)["prefix"]
-    assert few["question"] < many["question"]
+    rows = cost.Rows.of(tiny, pruned.prefill(tail(2)))
+    question = cost.session_question(pruned, rows)
+    assert cost.session_prefix(pruned) == prefix[:4]
+    before, new = len(pictures(tiny)), len(tail(2)) + 1  # a glimpse behind them
+    shared = (new, new, new * before + new * (new + 1) // 2, before)
+    assert question == [shared] * 4 + rows.prefill()[4:]
+    assert cost.decoder(text, question) < cost.decoder(text, rows.prefill())
 
 
 # ---- files

@@ -9,13 +9,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from ..cost import Rows, count
 from ..engine import Engine
-from ..methods import METHODS
-from ..processor import Prompt
 from ..results import Prefill, peak_bytes
 from ..train.examples import Example, token_mask
 from .arms import Arm
-from .flops import Rows, count
 from .questions import Item
 from .scores import anls, contains, exact, overlap, token_f1
 
@@ -75,7 +73,7 @@ def answer(
     for i, item in enumerate(items):
         result = _asked(item, arm) | _scored(item, engine.processor.decode(tokens[i]))
         result |= _kept(prefill, i, masks[i])
-        result |= _spent(engine, arm, prefill, i, prompts[i], len(tokens[i])) | batch
+        result |= _spent(engine, prefill, i, len(tokens[i])) | batch
         results.append(result | (_seen(engine, prefill, i, item) if item.number < gallery else {}))
     return results
 
@@ -141,19 +139,10 @@ def _stages(timings: dict[str, float]) -> dict[str, float]:
     return stages
 
 
-def _spent(engine: Engine, arm: Arm, prefill: Prefill, i: int, prompt: Prompt, tokens: int) -> dict:
+def _spent(engine: Engine, prefill: Prefill, i: int, tokens: int) -> dict:
     """Budgets, cache and FLOPs of one prompt of a batch and its answer."""
-    config, method = engine.config.text_config, METHODS[arm.method]
-    rows = Rows(
-        total=len(prompt),
-        visual=int(prompt.visual.sum()),
-        processed=[layer[i] for layer in prefill.processed],
-        cached=[layer[i] for layer in prefill.cached],
-        stops=method.stops(engine),
-        probe=method.probe(engine) is not None,
-    )
+    config, rows = engine.config.text_config, Rows.of(engine, prefill, i)
     budgets = prefill.budgets_of(i)
-    predictor = engine.glimpse.predictor if arm.method == "glimpse" else None
     cached = config.num_hidden_layers * rows.text + sum(rows.cached)
     row_bytes = 2 * config.num_key_value_heads * config.head_dim * engine.dtype.itemsize
     return {
@@ -165,7 +154,7 @@ def _spent(engine: Engine, arm: Arm, prefill: Prefill, i: int, prompt: Prompt, t
         "decode_kv": budgets.decode_kv_ratio,
         "kv_rows": cached / config.num_hidden_layers,
         "kv_bytes": cached * row_bytes,
-        "flops": count(engine.config, rows, prompt.grids, tokens, predictor),
+        "flops": count(engine, prefill, i, tokens),
     }
 
 

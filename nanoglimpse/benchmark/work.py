@@ -1,0 +1,88 @@
+"""What each stage of an answer has to compute and to move, whatever computes it.
+
+Operations are those of nanoglimpse/cost.py. Bytes are weights read once a call, rows read and
+written once a layer, and the cache; what a good kernel keeps on the chip is not counted.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from .. import cost
+from ..cost import LayerRows, Rows
+from ..engine import Engine
+from ..rope import Grid, visual_tokens
+
+
+class Cost(NamedTuple):
+    """Operations and bytes."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def seconds(self, rate: float, bandwidth: float) -> float:
+        """The least that a device of so many FLOP/s and bytes/s needs."""
+        return max(self.flops / rate, self.bytes / bandwidth)
+
+
+class Work:
+    """Costs of an engine's stages for B copies of one prompt.
+
+    Attributes:
+        grids: of its pictures.
+        rows: its way through the decoder.
+        batch: B.
+    """
+
+    def __init__(self, engine: Engine, grids: Sequence[Grid], rows: Rows, batch: int):
+        self.engine, self.grids, self.rows, self.batch = engine, tuple(grids), rows, batch
+        self.text, self.size = engine.config.text_config, engine.dtype.itemsize
+        self.width = self.text.hidden_size
+        self.kv = 2 * self.text.num_key_value_heads * self.text.head_dim
+        self.weights = _bytes(engine.decoder.layers) / self.text.num_hidden_layers
+
+    def vision(self) -> Cost:
+        """The encoder and its merger."""
+        v = self.engine.config.vision_config
+        patches = v.merge_unit * sum(visual_tokens(grid, self.engine.config) for grid in self.grids)
+        moved = patches * (v.patch_dim + 2 * v.depth * v.hidden_size) * self.size
+        flops = cost.vision(self.engine.config, self.grids)
+        return Cost(self.batch * flops, _bytes(self.engine.vision) + self.batch * moved)
+
+    def layers(self, layers: Sequence[LayerRows]) -> Cost:
+        """Layers of the decoder."""
+        cached = sum(n.writes + n.before for n in layers) * self.kv
+        hidden = sum(n.writes + n.attends for n in layers) * self.width
+        moved = len(layers) * self.weights + self.batch * (cached + hidden) * self.size
+        return Cost(self.batch * cost.decoder(self.text, layers), moved)
+
+    def score(self) -> Cost:
+        """The glimpse row's logits and the predictor."""
+        own, predictor = self.engine.glimpse.config, self.engine.glimpse.predictor
+        taps = len(own.selected_visual_layers) * self.engine.config.vision_config.hidden_size
+        flops = cost.predict(predictor, self.grids)
+        flops += cost.glimpse_logits(self.engine, self.rows.total)
+        moved = self.rows.visual * (self.kv / 2 + taps) * self.size
+        return Cost(self.batch * flops, _bytes(predictor) + self.batch * moved)
+
+    def keep(self) -> Cost:
+        """The gather of hidden rows and of the cache below the stop: read and written."""
+        row = self.rows.stop * self.kv + self.width
+        return Cost(0, 2 * self.batch * len(self.rows.survivors) * row * self.size)
+
+    def head(self) -> Cost:
+        """Logits of one row a prompt."""
+        head = self.engine.decoder.lm_head or self.engine.decoder.embed_tokens
+        return Cost(self.batch * cost.head(self.text), _bytes(head))
+
+    def step(self, number: int) -> Cost:
+        """The answer's token of this number, for every prompt."""
+        return self.layers(self.rows.step(number)) + self.head()
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
