@@ -27,7 +27,9 @@ def received_attention(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
     heads, width = k.shape[1:]
     out = q.new_zeros(len(q), heads, q.shape[1] // heads, dtype=torch.float32)
     grouped = q.unflatten(1, (heads, -1))  # [T, H, G, D]
-    for own_q, own_k, sums in zip(*(x.split(packing.lengths) for x in (grouped, k, out)), strict=True):
+    for own_q, own_k, sums in zip(
+        *(x.split(packing.lengths) for x in (grouped, k, out)), strict=True
+    ):
         together = max(TILE // (len(own_k) * sums.shape[2]), 1)
         for head in range(heads):
             keys = own_k[:, head].T
