@@ -12,9 +12,9 @@ from nanoglimpse.methods import METHODS
 
 from .tiny import chat_ids, config_dict, write_checkpoint, write_glimpse
 
-# Two pictures of 1,296 visual tokens. No axis of a weight, of a tile, or of a row of features is
-# longer than LONG, so that a tensor with two such axes is one of visual tokens by visual tokens.
-GRIDS, QUESTION, LONG = [(1, 72, 72)] * 2, 120, 1100
+# 2,592 visual tokens, of which 1,296 in one picture. No axis of a weight, of a tile, or of a row of
+# features is longer than LONG: a tensor with two such axes is one of tokens by tokens.
+GRIDS, QUESTION, LONG = [(1, 72, 72), *[(1, 36, 36)] * 4], 120, 1100
 RATIO = 0.25
 
 

@@ -846,3 +846,84 @@ def test_polymorphic_falls_by_equal_shares(engine):
     assert prefill.budgets.input_ratio == pytest.approx(0.5, abs=1 / 64)
     assert prefill.budgets.decode_kv_ratio == pytest.approx(0.25, abs=2 / 64)
     assert prefill.budgets.prefill_ratio == prefill.budgets.decode_kv_ratio
+
+
+BEFORE = ["visionzip", "vispruner", "divprune", "cdpruner", "tome", "prumerge", "prumerge+"]
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_pruning_before_the_decoder_is_a_shorter_prompt(tiny_folder, engine, monkeypatch, name):
+    """As transformers reads the embeddings that are left, at the positions that they had."""
+    prompt, method, choices = prompt_of(engine, 4, *GRIDS, 5), METHODS[name], []
+    choose = type(method).choose
+
+    def watched(self, look):
+        choices.append(choose(self, look))
+        return choices[-1]
+
+    monkeypatch.setattr(type(method), "choose", watched)
+    ours = engine.prefill(prompt, name, max_ratio=0.3)
+    (choice,), stays = choices, ~prompt.visual
+    assert 0 < int(choice.kept.sum()) < 74
+    stays[prompt.visual] = choice.kept
+    embeds = engine.decoder.embed_tokens(prompt.token_ids)
+    embeds[prompt.visual.nonzero().flatten()[choice.kept]] = (
+        ours.visual[choice.kept] if choice.values is None else choice.values
+    )
+    model = reference.hf_model(tiny_folder)
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[stays][None], position_ids=prompt.positions[:, None, stays]
+        ).last_hidden_state
+        expected = model.lm_head(hidden[0, -1])
+    torch.testing.assert_close(ours.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+LAYOUTS = {
+    "picture first": (GRIDS[0], 6),
+    "picture last": (4, GRIDS[0]),
+    "text between": (3, GRIDS[1], 2, GRIDS[0], 5),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("parts", LAYOUTS.values(), ids=LAYOUTS)
+def test_positions_are_kept_wherever_pictures_stand(engine, name, parts):
+    prompt = prompt_of(engine, *parts)
+    evidence = [torch.arange(int(prompt.visual.sum())) % 4 == 0]
+    prefill = engine.prefill(prompt, name, max_ratio=0.3, evidence=evidence)
+    stays = ~prompt.visual
+    stays[prompt.visual] = prefill.kept
+    assert torch.equal(prefill.positions, prompt.positions[:, stays])
+    assert prefill.cache.next_position.tolist() == [int(prompt.positions.max()) + 1]
+    assert prefill.cache.lengths == [int(stays.sum())]
+
+
+# Shares that 0.3 of 74 visual tokens make of each layer's, by hand from the papers' schedules.
+SCHEDULES = {
+    "fastv": [74] * 2 + [22] * 4,
+    "attention": [74] * 4 + [22] * 2,
+    "random": [74] * 4 + [22] * 2,
+    "nothing": [74] * 4 + [0] * 2,
+    "vtw": [74] * 3 + [0] * 3,
+    "divprune": [16 + 6] * 6,
+    "sparsevlm": [74] + [int(0.3 * 300 / 110 * 74)] + [int(0.3 * 200 / 110 * 74)] + [22] * 3,
+    "sparsevlm+": [74] + [int(0.3 * 300 / 118 * 74)] + [int(0.3 * 200 / 118 * 74)] + [22] * 3,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_hand(engine, name):
+    """What each layer of six processes, and what decoding finds in the caches."""
+    prompt, counts = prompt_of(engine, 3, *GRIDS, 6), SCHEDULES[name]
+    prefill = engine.prefill(prompt, name, max_ratio=0.3)
+    assert [one for (one,) in prefill.processed] == counts
+    assert prefill.budgets.prefill_ratio == pytest.approx(sum(counts) / 6 / 74)
+    assert prefill.budgets.decode_kv_ratio == pytest.approx(counts[-1] / 74)
+    held = [len(prefill.cache.layer(layer)[0]) for layer in range(6)]
+    assert held == [len(prompt) - 74 + counts[-1]] * 6
+    if METHODS[name].capped:
+        return
+    later = engine.prefill(prompt, name, kv_drop="later")
+    held = [len(later.cache.layer(layer)[0]) for layer in range(6)]
+    assert held == [len(prompt) - 74 + count for count in counts]
