@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from nanoglimpse import Prompt, load
 from nanoglimpse.methods import METHODS
+from nanoglimpse.methods.cdpruner import conditional
+from nanoglimpse.methods.similarity import unit
 
 from .tiny import chat_ids, config_dict, write_checkpoint, write_glimpse
 
@@ -111,6 +113,14 @@ def test_no_method_needs_more_memory_than_none(engine, prompt, dense, name):
     peak, square = counted(engine, prompt, name)
     assert peak <= 1.2 * dense
     assert not square
+
+
+def test_cdpruner_of_all_tokens_makes_no_square():
+    x, relevance = unit(torch.randn(LONG + 1, 8)), torch.rand(LONG + 1)
+    with Live() as live:
+        chosen = conditional(x, relevance, LONG + 1)
+    assert sorted(chosen.tolist()) == list(range(LONG + 1))
+    assert not live.square
 
 
 def test_memory_is_counted_until_it_is_freed():
