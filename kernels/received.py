@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .packing import Packing
 
-# Query rows that the reference looks at together.
-CHUNK = 512
+# Scores that the reference looks at together: less than the rows weigh that attend, however many.
+TILE = 2**20
 
 
 def received_attention(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
@@ -26,10 +26,14 @@ def received_attention(q: Tensor, k: Tensor, packing: Packing) -> Tensor:
     assert packing.rows is None
     heads, width = k.shape[1:]
     out = q.new_zeros(len(q), heads, q.shape[1] // heads, dtype=torch.float32)
-    parts = zip(*(x.split(packing.lengths) for x in (q, k, out)), strict=True)
-    for own_q, own_k, sums in parts:
-        for rows in own_q.split(CHUNK):
-            grouped = rows.unflatten(1, (heads, -1))  # [R, H, G, D]
-            scores = torch.einsum("rhgd,nhd->hgrn", grouped, own_k).float() * width**-0.5
-            sums += scores.softmax(-1).sum(2).permute(2, 0, 1)
+    grouped = q.unflatten(1, (heads, -1))  # [T, H, G, D]
+    for own_q, own_k, sums in zip(
+        *(x.split(packing.lengths) for x in (grouped, k, out)), strict=True
+    ):
+        together = max(TILE // (len(own_k) * sums.shape[2]), 1)
+        for head in range(heads):
+            keys = own_k[:, head].T
+            for rows in own_q[:, head].split(together):
+                scores = (rows @ keys).float().mul_(width**-0.5)  # [R, G, N]
+                sums[:, head] += scores.softmax(-1).sum(0).T
     return out.flatten(1)

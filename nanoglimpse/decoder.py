@@ -111,7 +111,7 @@ class Block(Module):
         """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""
         normed = self.input_layernorm(hidden)
         out = self.qkv.rows(normed, first * self.head_dim, stop * self.head_dim)
-        return out.view(len(hidden), -1, self.head_dim)
+        return out.view(len(hidden), stop - first, self.head_dim)
 
     def look_back(self, q: Tensor, cache: Cache, layer: int) -> Tensor:
         """Attention of one row a sequence, q [B, HQ, D], to the rows that the cache holds."""

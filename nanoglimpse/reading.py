@@ -7,7 +7,7 @@ for keys and queries alone stops inside the last of these layers: all rows have 
 and values there, and once it has chosen, only what survives attends to them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -39,14 +39,15 @@ class Seen:
         pairs = zip(q, self.k.split(self.counts), strict=True)
         return torch.cat([self.block.ops.row_logits(*pair) for pair in pairs])
 
-    def attention(self, rows: Tensor, prompt: int) -> Tensor:
-        """[R, T_b], causal softmax of rows of one prompt, int64 [R], the mean over heads."""
+    def attention(self, rows: Tensor, prompt: int) -> Iterator[Tensor]:
+        """Causal softmax of rows of one prompt, int64 [R]: of one after the other, [seen, HQ]."""
         first = sum(self.counts[:prompt])
-        keys = self.k[first : first + self.counts[prompt]]
-        q = self.block.query(self.hidden[rows], self.rope[rows])
-        logits = torch.stack([self.block.ops.row_logits(one, keys) for one in q]).float()
-        behind = torch.arange(len(keys), device=q.device) > (rows - first)[:, None]
-        return logits.masked_fill(behind[..., None], -torch.inf).softmax(1).mean(2)
+        for q, seen in zip(
+            self.block.query(self.hidden[rows], self.rope[rows]),
+            (rows - first + 1).tolist(),
+            strict=True,
+        ):
+            yield self.block.ops.row_logits(q, self.k[first : first + seen]).float().softmax(0)
 
 
 class Reading:

@@ -1,6 +1,7 @@
 """Pruning methods: what they keep, and that the engine does with it what it should."""
 
 import math
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import torch
 from nanoglimpse import Prompt, UsageError, load
 from nanoglimpse.batch import Batch
 from nanoglimpse.cache import Cache
+from nanoglimpse.config import parse_config
 from nanoglimpse.kernels.ops import TORCH, Packing
 from nanoglimpse.methods import METHODS, Choice, Method
 from nanoglimpse.methods.cdpruner import conditional
@@ -18,7 +20,7 @@ from nanoglimpse.methods.evs import changes, clips
 from nanoglimpse.methods.polymorphic import condense, likeness
 from nanoglimpse.methods.prumerge import gain
 from nanoglimpse.methods.similarity import nearest, unit
-from nanoglimpse.methods.sparsevlm import density_peaks, recycle
+from nanoglimpse.methods.sparsevlm import density_peaks, leading, pull, recycle
 from nanoglimpse.methods.tome import match
 from nanoglimpse.methods.visionzip import merge
 from nanoglimpse.methods.vispruner import thin_out
@@ -27,9 +29,10 @@ from nanoglimpse.rope import mrope
 from nanoglimpse.vision import Watch, layout
 
 from . import reference
-from .tiny import chat_ids, patches_of
+from .tiny import chat_ids, config_dict, patches_of
 
 GRIDS = [(1, 12, 18), (1, 8, 10)]
+TEXT_CONFIG = parse_config(config_dict(), "tiny").text_config
 CAPPED = [name for name, method in METHODS.items() if method.capped]
 
 
@@ -138,7 +141,7 @@ def test_the_oracle_keeps_the_evidence(engine):
 
 @pytest.mark.parametrize("name", CAPPED)
 def test_a_share_has_to_be_given(engine, name):
-    with pytest.raises(UsageError, match=f"{name} keeps a share.*max_ratio"):
+    with pytest.raises(UsageError, match=f"{re.escape(name)} keeps a share.*max_ratio"):
         engine.prefill(prompt_of(engine, 3, GRIDS[0], 6), name)
 
 
@@ -268,7 +271,8 @@ def _step(engine, token, position, held):
 
 
 @pytest.mark.parametrize(
-    "name", ["fastv", "attention", "random", "pdrop", "sparsevlm", "vscan", "polymorphic"]
+    "name",
+    ["fastv", "attention", "random", "pdrop", "sparsevlm", "sparsevlm+", "vscan", "polymorphic"],
 )
 @pytest.mark.parametrize("ratio", [0.75, 0.9])
 def test_a_budget_is_met_where_lower_layers_keep_all(engine, name, ratio):
@@ -641,6 +645,64 @@ def test_sparsevlm_rates_by_the_question(engine):
     ]
 
 
+def test_rotation_alone_pulls_by_distance():
+    """The product of rotated rows of ones, by its definition and as the mean of cosines."""
+    rope = mrope(torch.tensor([[0, 3, 3], [0, 3, 4], [0, 5, 2]]), TEXT_CONFIG)
+    ones = TORCH.rotate(torch.ones(3, 1, 8), rope)[:, 0]
+    ours = pull(rope, torch.tensor(0), torch.arange(3))
+    torch.testing.assert_close(ours, ones @ ones[0] / 8)
+    steps = [1000 ** (-j / 4) for j in range(4)]
+    turns = zip((3, 4, 2, 2), steps, strict=True)  # one frequency in time, one in height
+    assert float(ours[0]) == pytest.approx(1)
+    assert float(ours[2]) == pytest.approx(sum(math.cos(n * step) for n, step in turns) / 4)
+
+
+def test_leading_heads_are_the_half_that_looks_most():
+    """Of the sums 5, 6, 2 and 7 the second and the last lead."""
+    score = torch.tensor([[4.0, 1, 1, 0], [1, 5, 1, 7]])
+    assert leading(score).tolist() == [0.5, 6]
+    assert leading(score[:, :1]).tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("name", ["sparsevlm", "sparsevlm+"])
+def test_sparsevlm_without_a_question(engine, name):
+    """Nobody rates: the first tokens stay, as many as may."""
+    kept = engine.prefill(prompt_of(engine, 4, GRIDS[0]), name, max_ratio=0.25).kept
+    assert int(kept.sum()) == 13
+
+
+def test_sparsevlm_plus_by_its_definition(tiny_folder, engine, monkeypatch):
+    """Whole matrices of transformers over cosines of distances; what stays is as it was."""
+    prompt, method, seen = prompt_of(engine, 5, GRIDS[0], 9), METHODS["sparsevlm+"], []
+    choose = type(method).choose
+
+    def watched(self, look):
+        seen.append((look, choose(self, look)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(type(method), "choose", watched)
+    prefill = engine.prefill(prompt, "sparsevlm+", max_ratio=0.3)
+    assert [len(look.visual) for look, _ in seen] == [
+        54,
+        int(0.3 * 300 / 118 * 54),
+        int(0.3 * 200 / 118 * 54),
+    ]
+    assert int(prefill.kept.sum()) == int(0.3 * 54)
+    look, choice = seen[0]
+    (stop, *_), visual = method.stops(engine), prompt.visual
+    weights = attentions(tiny_folder, engine, prompt, GRIDS[0])[stop - 1][0]
+    ones = TORCH.rotate(torch.ones(len(prompt), 1, 8), mrope(prompt.positions, TEXT_CONFIG))[:, 0]
+    raters = method.raters(look, 0, look.source)
+    assert 1 < len(raters) < 9
+    score = (weights / (ones @ ones.T))[:, raters][:, :, visual].sum(1)
+    heads = score.sum(1).argsort(descending=True)[:3]
+    order = score[heads].mean(0).argsort(descending=True)
+    expected = torch.zeros(54, dtype=torch.bool)
+    expected[order[: len(seen[1][0].visual)]] = True
+    assert torch.equal(choice.kept, expected)
+    assert choice.values is None
+
+
 def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engine):
     """Rows of the second prompt of a batch, against whole matrices of that prompt alone."""
     prompts = [prompt_of(engine, 4, seed=1), prompt_of(engine, 5, GRIDS[0], 9)]
@@ -656,14 +718,15 @@ def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engin
             return (1,)
 
         def choose(self, look):
-            looks.append(look.layers[1].attention(torch.tensor([8, 20, 66]), 1))
+            looks.extend(look.layers[1].attention(torch.tensor([8, 20, 66]), 1))
             return Choice(torch.ones(54, dtype=torch.bool))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(METHODS, "spy", Spy())
         engine.prefill_many(prompts, "spy")
-    expected = attentions(tiny_folder, engine, prompts[1], GRIDS[0])[1][0].mean(0)
-    torch.testing.assert_close(looks[0], expected[[4, 16, 62]])
+    expected = attentions(tiny_folder, engine, prompts[1], GRIDS[0])[1][0]
+    for row, weights in zip((4, 16, 62), looks, strict=True):
+        torch.testing.assert_close(weights.T, expected[:, row, : row + 1])
 
 
 def test_changes_are_those_of_one_place():
@@ -783,3 +846,84 @@ def test_polymorphic_falls_by_equal_shares(engine):
     assert prefill.budgets.input_ratio == pytest.approx(0.5, abs=1 / 64)
     assert prefill.budgets.decode_kv_ratio == pytest.approx(0.25, abs=2 / 64)
     assert prefill.budgets.prefill_ratio == prefill.budgets.decode_kv_ratio
+
+
+BEFORE = ["visionzip", "vispruner", "divprune", "cdpruner", "tome", "prumerge", "prumerge+"]
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_pruning_before_the_decoder_is_a_shorter_prompt(tiny_folder, engine, monkeypatch, name):
+    """As transformers reads the embeddings that are left, at the positions that they had."""
+    prompt, method, choices = prompt_of(engine, 4, *GRIDS, 5), METHODS[name], []
+    choose = type(method).choose
+
+    def watched(self, look):
+        choices.append(choose(self, look))
+        return choices[-1]
+
+    monkeypatch.setattr(type(method), "choose", watched)
+    ours = engine.prefill(prompt, name, max_ratio=0.3)
+    (choice,), stays = choices, ~prompt.visual
+    assert 0 < int(choice.kept.sum()) < 74
+    stays[prompt.visual] = choice.kept
+    embeds = engine.decoder.embed_tokens(prompt.token_ids)
+    embeds[prompt.visual.nonzero().flatten()[choice.kept]] = (
+        ours.visual[choice.kept] if choice.values is None else choice.values
+    )
+    model = reference.hf_model(tiny_folder)
+    with torch.no_grad():
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[stays][None], position_ids=prompt.positions[:, None, stays]
+        ).last_hidden_state
+        expected = model.lm_head(hidden[0, -1])
+    torch.testing.assert_close(ours.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+LAYOUTS = {
+    "picture first": (GRIDS[0], 6),
+    "picture last": (4, GRIDS[0]),
+    "text between": (3, GRIDS[1], 2, GRIDS[0], 5),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("parts", LAYOUTS.values(), ids=LAYOUTS)
+def test_positions_are_kept_wherever_pictures_stand(engine, name, parts):
+    prompt = prompt_of(engine, *parts)
+    evidence = [torch.arange(int(prompt.visual.sum())) % 4 == 0]
+    prefill = engine.prefill(prompt, name, max_ratio=0.3, evidence=evidence)
+    stays = ~prompt.visual
+    stays[prompt.visual] = prefill.kept
+    assert torch.equal(prefill.positions, prompt.positions[:, stays])
+    assert prefill.cache.next_position.tolist() == [int(prompt.positions.max()) + 1]
+    assert prefill.cache.lengths == [int(stays.sum())]
+
+
+# Shares that 0.3 of 74 visual tokens make of each layer's, by hand from the papers' schedules.
+SCHEDULES = {
+    "fastv": [74] * 2 + [22] * 4,
+    "attention": [74] * 4 + [22] * 2,
+    "random": [74] * 4 + [22] * 2,
+    "nothing": [74] * 4 + [0] * 2,
+    "vtw": [74] * 3 + [0] * 3,
+    "divprune": [16 + 6] * 6,
+    "sparsevlm": [74] + [int(0.3 * 300 / 110 * 74)] + [int(0.3 * 200 / 110 * 74)] + [22] * 3,
+    "sparsevlm+": [74] + [int(0.3 * 300 / 118 * 74)] + [int(0.3 * 200 / 118 * 74)] + [22] * 3,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_by_hand(engine, name):
+    """What each layer of six processes, and what decoding finds in the caches."""
+    prompt, counts = prompt_of(engine, 3, *GRIDS, 6), SCHEDULES[name]
+    prefill = engine.prefill(prompt, name, max_ratio=0.3)
+    assert [one for (one,) in prefill.processed] == counts
+    assert prefill.budgets.prefill_ratio == pytest.approx(sum(counts) / 6 / 74)
+    assert prefill.budgets.decode_kv_ratio == pytest.approx(counts[-1] / 74)
+    held = [len(prefill.cache.layer(layer)[0]) for layer in range(6)]
+    assert held == [len(prompt) - 74 + counts[-1]] * 6
+    if METHODS[name].capped:
+        return
+    later = engine.prefill(prompt, name, kv_drop="later")
+    held = [len(later.cache.layer(layer)[0]) for layer in range(6)]
+    assert held == [len(prompt) - 74 + count for count in counts]

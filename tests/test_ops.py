@@ -306,7 +306,7 @@ def test_packing_is_optional(monkeypatch):
 
 def test_received_attention_in_tiles(monkeypatch):
     """Column sums of the whole matrix, sequence by sequence; tiles of any size agree."""
-    monkeypatch.setattr("nanoglimpse.kernels.received.CHUNK", 2)
+    monkeypatch.setattr("nanoglimpse.kernels.received.TILE", 20)
     q, k = torch.randn(9, 6, 5), torch.randn(9, 3, 5)
     expected = torch.zeros(9, 6)
     for sequence in (range(5), range(5, 9)):

@@ -41,7 +41,16 @@ METHODS: dict[str, Method] = {
             layers=2,
         ),
         PyramidDrop(),
-        SparseVLM(),
+        SparseVLM(
+            "sparsevlm",
+            "SparseVLM 1.5, arXiv 2410.04417: three stages, rated by the question, rest clustered",
+            plus=False,
+        ),
+        SparseVLM(
+            "sparsevlm+",
+            "SparseVLM 2.0: the same, attention without the pull of positions, rest dropped",
+            plus=True,
+        ),
         VScan(),
         VTW(),
         VisionZip(),

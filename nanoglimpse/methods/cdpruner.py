@@ -56,15 +56,14 @@ def conditional(x: Tensor, relevance: Tensor, count: int) -> Tensor:
     """
     low, high = relevance.min(), relevance.max()
     r = (relevance - low + 1e-6) / (high - low).clamp_min(1e-6)
-    gain = r * r
-    factors = torch.zeros(count, len(x), device=x.device)
+    rows, gain = x * r[:, None], r * r
+    spanned = x.new_zeros(count, x.shape[1])
     chosen: list[Tensor] = []
     for step in range(count):
         pick = gain.argmax()
-        row = r * (x @ x[pick]) * r[pick]
-        row = row - factors[:step, pick] @ factors[:step]
-        factors[step] = row / gain[pick].clamp_min(1e-12).sqrt()
-        gain = (gain - factors[step].square()).clamp_min(1e-12)
+        new = rows[pick] - (spanned[:step] @ rows[pick]) @ spanned[:step]
+        spanned[step] = new / gain[pick].clamp_min(1e-12).sqrt()
+        gain = (gain - (rows @ spanned[step]).square()).clamp_min(1e-12)
         chosen.append(pick)
         gain[torch.stack(chosen)] = -torch.inf
     return torch.stack(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=x.device)

@@ -100,8 +100,8 @@ def of_windows(score: Tensor, height: int, width: int, count: int) -> Tensor:
         if len(chosen) < count and taken[window[token]] < limit:
             taken[window[token]] += 1
             chosen.append(token)
-    spare = [token for token in order if token not in set(chosen)]
-    chosen += spare[: count - len(chosen)]
+    spare = set(order) - set(chosen)
+    chosen += [token for token in order if token in spare][: count - len(chosen)]
     return torch.tensor(chosen, dtype=torch.int64, device=score.device)
 
 
