@@ -183,7 +183,7 @@ def test_grading_goes_on_where_it_stopped(endpoint, tmp_path):
         grade(results, judge_of(server), 1, lambda done, total: None)
     kept = Results.read(path)
     assert [question for _, question in kept.verdicts] == ["q0", "q1", "q2"]
-    assert len(server.requests) < 6  # the next may have begun before the failure was seen
+    assert len(server.requests) == 4
     other = endpoint(lambda number, body: says("score: 0.5"))
     seen = []
     grade(kept, judge_of(other), 3, lambda done, total: seen.append((done, total)))

@@ -10,10 +10,12 @@ import json
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
+from itertools import islice
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -154,18 +156,19 @@ def grade(
     left = [row for row in results.rows if (row["arm"], row["question"]) not in results.verdicts]
     done = len(results.rows) - len(left)
     with ThreadPoolExecutor(workers) as pool:
-        for verdict in _as_asked(pool, judge, left):
+        for verdict in _as_asked(pool, workers, judge, left):
             results.add([verdict])
             done += 1
             progress(done, len(results.rows))
 
 
-def _as_asked(pool: ThreadPoolExecutor, judge: Judge, rows: list[dict]) -> Iterator[dict]:
-    """Verdicts in order; after a failure what has not begun is not asked."""
-    futures = [pool.submit(judge.verdict, row) for row in rows]
-    try:
-        for future in futures:
-            yield future.result()
-    finally:
-        for future in futures:
-            future.cancel()
+def _as_asked(
+    pool: ThreadPoolExecutor, workers: int, judge: Judge, rows: list[dict]
+) -> Iterator[dict]:
+    """Verdicts in order, so many asked at a time; after a failure no more are."""
+    left = iter(rows)
+    asked = deque(pool.submit(judge.verdict, row) for row in islice(left, workers))
+    while asked:
+        verdict = asked.popleft().result()
+        asked.extend(pool.submit(judge.verdict, row) for row in islice(left, 1))
+        yield verdict
