@@ -58,17 +58,14 @@ class Block(Module):
 
         Writes `rows` and attends to all rows in use, `packing`, as the `queries` among them.
         """
-        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
-        q = self.ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
-        used = cache.used()
+        q, used = self.project_append(hidden, rope, cache, layer, rows), cache.used()
         k, v = cache.k_rows[layer][used], cache.v_rows[layer][used]
         attended = self.ops.attention(q, k, v, packing, causal=True, queries=queries)
         return self.finish(hidden, attended)
 
     def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
         """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""
-        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
-        q = self.ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
+        q = self.project_append(hidden, rope, cache, layer, rows)
         return self.finish(hidden, self.look_back(q, cache, layer))
 
     def write(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> None:
@@ -106,6 +103,13 @@ class Block(Module):
         qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)
         q, k = self.ops.rotate(qk, rope).split_with_sizes((self.heads, self.kv_heads), 1)
         return q, k, v
+
+    def project_append(
+        self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows
+    ) -> Tensor:
+        """q [T, HQ, D] of rows [T, C], whose keys and values go into the cache in the same pass."""
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        return self.ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
 
     def linear_heads(self, hidden: Tensor, first: int, stop: int) -> Tensor:
         """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""

@@ -1,6 +1,6 @@
 """The engine: a prompt through vision encoder, decoder and GlimpsePrune to an answer.
 
-The pruning step is control flow here and nowhere else: `prefill_many` reads as the method does.
+The pruning step is control flow here and nowhere else: `Engine.read` is written as the method goes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -11,7 +11,7 @@ import torch
 from nanoglimpse import Prompt, cost
 from nanoglimpse.config import parse_config
 from nanoglimpse.cost import LayerRows, Rows
-from nanoglimpse.evaluate.interval import bounds, mean_interval, resampled
+from nanoglimpse.evaluate.interval import DRAWS, bounds, resampled
 from nanoglimpse.evaluate.scores import anls, contains, edits, exact, overlap, token_f1, words
 
 from .tiny import chat_ids, patches_of
@@ -85,6 +85,13 @@ def test_overlap():
     evidence = torch.tensor([0, 1, 1, 1, 1, 0], dtype=torch.bool)
     assert overlap(kept, evidence) == (2 / 4, 2 / 5)
     assert overlap(kept, torch.zeros(6, dtype=torch.bool)) == (None, None)
+
+
+def mean_interval(values, draws=DRAWS, seed=0):
+    """The mean of values, and the ends of its interval."""
+    column = torch.tensor(values, dtype=torch.float64)[:, None]
+    low, high = bounds(resampled(column, torch.ones_like(column), draws, seed))[:, 0].tolist()
+    return float(column.mean()), low, high
 
 
 def test_interval_of_what_does_not_vary():

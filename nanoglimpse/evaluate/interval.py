@@ -1,7 +1,5 @@
 """Bootstrap intervals of means and of ratios of sums (percentile method, seeded)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -37,12 +35,3 @@ def bounds(figures: Tensor, level: float = LEVEL) -> Tensor:
     """[2, columns], lower and upper end of the middle `level` of resampled figures [draws, …]."""
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=figures.dtype)
     return figures.nanquantile(tails, dim=0)
-
-
-def mean_interval(
-    values: Sequence[float], draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float, float]:
-    """The mean of values, and the ends of its interval."""
-    column = torch.tensor(values, dtype=torch.float64)[:, None]
-    low, high = bounds(resampled(column, torch.ones_like(column), draws, seed))[:, 0].tolist()
-    return float(column.mean()), low, high
