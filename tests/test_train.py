@@ -18,8 +18,16 @@ from nanoglimpse.evaluate.scores import contains
 from nanoglimpse.rope import mrope
 from nanoglimpse.train import base
 from nanoglimpse.train.__main__ import main
-from nanoglimpse.train.base import CURRICULUM, BaseTask, Draw, Stage, asked, write_folder
-from nanoglimpse.train.branches import OPS
+from nanoglimpse.train.base import (
+    CURRICULUM,
+    BaseTask,
+    Draw,
+    Stage,
+    asked,
+    look_loss,
+    write_folder,
+)
+from nanoglimpse.train.branches import OPS, visual_logits
 from nanoglimpse.train.data import File, World, domains_of
 from nanoglimpse.train.dense import CHARACTERS, FIELDS, targets
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
@@ -114,8 +122,41 @@ def test_labels_are_the_answer_its_end_and_a_line_break(engine):
         assert said[-2:-1] == list(engine.eos_token_id)
         weighty = rows.weights[branch] == SHORT_WEIGHT
         assert engine.processor.decode(wanted[weighty].tolist()).strip().lower() == one.short
+        value = rows.layout.split + branch.start + int(weighty.nonzero()[0])
+        assert int(rows.value_rows[number]) == value
         first = int((wanted != IGNORED).nonzero()[0])
         assert int(rows.probe_rows[number]) == rows.layout.split + branch.start + first
+
+
+def test_attention_is_taught_the_share_that_the_evidence_gets():
+    """Mean over heads; what has no place does not count, and less than a ten-thousandth is that."""
+    shares = torch.tensor(
+        [[[0.5, 0.1], [0.25, 0.7], [0.25, 0.2]]] * 2 + [[[1.0, 1.0], *[[0, 0]] * 2]]
+    )
+    evidence = torch.tensor([[False, True, True], [False] * 3, [False, True, False]])
+    located = torch.tensor([True, False, True])
+    loss = look_loss(shares.log(), evidence, located)
+    torch.testing.assert_close(loss, -(torch.tensor([0.7, 1e-4]).log()).mean())
+    assert look_loss(shares.log(), evidence, torch.zeros(3, dtype=torch.bool)) == 0
+
+
+def test_the_look_is_read_as_the_layer_attends(engine):
+    """Its share of the visual tokens is what the attention of the layer gives them."""
+    rows = collate(World(("scene",), 2, 2, 5).examples(1), engine.processor, probes=False)
+    block, layout = engine.decoder.layers[0], rows.layout
+    with torch.no_grad():
+        visual, _ = engine.vision(rows.patches, rows.grids)
+        hidden = engine.decoder.embed_tokens(rows.token_ids)
+        hidden = hidden.index_copy(0, rows.visual_rows, visual)
+        rope = mrope(rows.positions, engine.config.text_config)
+        q, k, _ = block.project(hidden, rope)
+        logits = visual_logits(q[rows.value_rows], k[rows.visual_rows], layout.pictures)
+    groups = q.shape[1] // k.shape[1]
+    for branch, row in enumerate(rows.value_rows.tolist()):
+        seen = rows.visual_rows.view(layout.pictures, -1)[branch // layout.branches]
+        for head in range(q.shape[1]):
+            wanted = k[seen, head // groups] @ q[row, head] / q.shape[2] ** 0.5
+            torch.testing.assert_close(logits[branch, :, head], wanted)
 
 
 def test_training_reads_the_glimpse_as_inference_does(folder, engine, tmp_path):

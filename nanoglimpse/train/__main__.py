@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         lr=1.5e-3,
         schedule="trapezoid",
         warmup=0.01,
+        decay=0.5,
         betas=(0.9, 0.98),
         weight_decay=0.01,
         accumulate=1,

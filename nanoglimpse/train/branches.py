@@ -89,6 +89,32 @@ class NoCache:
 NO_CACHE = NoCache()
 
 
+class Keys:
+    """A cache that keeps the keys of one layer, for rows to be read against."""
+
+    def __init__(self, layer: int):
+        self.layer = layer
+
+    def append(self, layer: int, rows: None, k: Tensor, v: Tensor) -> None:
+        """Keeps k [T, H, D] of the chosen layer."""
+        if layer == self.layer:
+            self.k = k
+
+
+def visual_logits(q: Tensor, k: Tensor, pictures: int) -> Tensor:
+    """Raw attention logits [B · n, N / B, HQ] of one row of each branch to its visual tokens.
+
+    Args:
+        q: [B · n, HQ, D].
+        k: of the visual tokens, [N, H, D].
+        pictures: B.
+    """
+    q = q.view(pictures, -1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+    k = k.view(pictures, -1, *k.shape[1:])
+    logits = torch.einsum("pqhgd,pnhd->pqnhg", q, k) * k.shape[-1] ** -0.5
+    return logits.flatten(0, 1).flatten(2)
+
+
 def run_layer(
     decoder: Decoder,
     layer: int,

@@ -49,6 +49,7 @@ class Batch:
         visual_rows: int64 [N].
         labels: int64 [B · n · S], what each row of a branch has to predict, or IGNORED.
         weights: fp32 [B · n · S], how much that counts.
+        value_rows: int64 [B · n], where the first token of the short answer is predicted.
         probe_rows: int64 [B · n], where the glimpse rides; empty without one.
         evidence: bool [B · n, N / B], the visual tokens that the answer needs.
         located: bool [B · n], whether the example says where to look.
@@ -62,6 +63,7 @@ class Batch:
     visual_rows: Tensor
     labels: Tensor
     weights: Tensor
+    value_rows: Tensor
     probe_rows: Tensor
     evidence: Tensor
     located: Tensor
@@ -82,6 +84,7 @@ class _Branch:
     token_ids: list[int]
     labels: list[int]
     weights: list[float]
+    value: int
     probe: int
 
 
@@ -123,6 +126,7 @@ def collate(examples: Sequence[Example], processor: Processor, *, probes: bool) 
         visual_rows=(visual + first).flatten(),
         labels=torch.tensor([_padded(b.labels, length, IGNORED) for b in branches]).flatten(),
         weights=torch.tensor([_padded(b.weights, length, 0.0) for b in branches]).flatten(),
+        value_rows=starts + torch.tensor([b.value for b in branches]),
         probe_rows=starts + torch.tensor([b.probe for b in branches])
         if probes
         else torch.empty(0, dtype=torch.int64),
@@ -164,7 +168,9 @@ def _branch(processor: Processor, grid: Grid, asked: Asked, probe: bool) -> _Bra
     body = question + [question[-1]] * probe
     token_ids = (body + wanted)[:-1]
     silent = len(body) - 1
-    return _Branch(token_ids, [IGNORED] * silent + wanted, [0.0] * silent + weights, len(body) - 1)
+    value = silent + (weights.index(SHORT_WEIGHT) if SHORT_WEIGHT in weights else 0)
+    labels, weights = [IGNORED] * silent + wanted, [0.0] * silent + weights
+    return _Branch(token_ids, labels, weights, value, silent)
 
 
 def _answer(processor: Processor, asked: Asked) -> tuple[list[int], list[float]]:

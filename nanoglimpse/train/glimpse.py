@@ -23,7 +23,7 @@ from ..layers import Module
 from ..rope import mrope
 from ..weights.glimpse import save_glimpse
 from .base import read_answers
-from .branches import run_layer
+from .branches import Keys, run_layer, visual_logits
 from .data import Source
 from .examples import Batch, collate
 from .export import checkpoint_tensors
@@ -60,18 +60,6 @@ class GlimpseToken(Module):
         names = ("learnable_embeddings", "le_proj.weight", "le_proj.bias", "le_norm.weight")
         values = (self.embeddings, self.weight, self.bias, self.scale)
         return {name: t.detach().cpu() for name, t in zip(names, values, strict=True)}
-
-
-class Keys:
-    """A cache that keeps the keys of one layer, for the glimpse to be read."""
-
-    def __init__(self, layer: int):
-        self.layer = layer
-
-    def append(self, layer: int, rows: None, k: Tensor, v: Tensor) -> None:
-        """Keeps k [T, H, D] of the chosen layer; visual tokens do not depend on the glimpse."""
-        if layer == self.layer:
-            self.k = k.detach()
 
 
 @dataclass(frozen=True)
@@ -154,11 +142,9 @@ class GlimpseTask:
             if layer == read:
                 q = decoder.layers[layer].query(hidden[probes], rope[probes])
             hidden = run_layer(decoder, layer, hidden, rope, rows.layout, self.checkpointing, keys)
-        pictures, questions = rows.layout.pictures, rows.layout.branches
-        q = q.view(pictures, questions, text.num_key_value_heads, -1, text.head_dim)
-        k = keys.k[rows.visual_rows].view(pictures, -1, text.num_key_value_heads, text.head_dim)
-        logits = torch.einsum("pqhgd,pnhd->pqnhg", q, k) * text.head_dim**-0.5
-        return logits.flatten(0, 1).flatten(2), hidden
+        # Visual tokens do not depend on the glimpse: no gradient passes through their keys.
+        k = keys.k[rows.visual_rows].detach()
+        return visual_logits(q, k, rows.layout.pictures), hidden
 
     def _importance(self, rows: Batch, glimpse_logits: Tensor, taps: Tensor) -> Tensor:
         """[B · n, N / B]: every question has its own copy of its picture's features."""

@@ -33,14 +33,14 @@ PHRASES = {
     "code": ("What code is on the {}?", "Which code does the {} show?"),
     "text": ("What is written on the {}?", "What does the {} say?"),
     "color": (
-        "What color is the object with {}?",
-        "Which color does the object with {} have?",
-        "{} is on an object of what color?",
+        "What color is the {}?",
+        "Which color does the {} have?",
+        "What is the color of the {}?",
     ),
     "shape": (
-        "What shape is the object with {}?",
-        "Which shape does the object with {} have?",
-        "{} is on what shape?",
+        "What shape is the {}?",
+        "Which shape does the {} have?",
+        "What is the shape of the {}?",
     ),
     "exists": ("Is there {}?", "Can you see {}?", "Does the picture show {}?"),
     "left": (
@@ -220,7 +220,9 @@ def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) 
     """Questions of every kind that the scene can answer."""
     questions = [_ask_number(rng, item, items) for item in some(rng, items, per_kind)]
     questions += [
-        make(rng, item) for make in (_ask_color, _ask_shape) for item in some(rng, items, per_kind)
+        make(rng, item, items)
+        for make in (_ask_color, _ask_shape)
+        for item in some(rng, items, per_kind)
     ]
     questions += _ask_exists(rng, plan, items, per_kind)
     questions += _ask_sides(rng, plan, items, per_kind)
@@ -236,12 +238,18 @@ def thing(item: Item) -> str:
 
 def _called(rng: random.Random, item: Item, items: tuple[Item, ...]) -> str:
     """What a question calls the object: by one of the two where that is enough, or by both."""
-    names = [thing(item)]
-    if sum(other.colour == item.colour for other in items) == 1:
-        names.append(f"{item.colour} object")
-    if sum(other.kind == item.kind for other in items) == 1:
-        names.append(item.kind)
-    return rng.choice(names)
+    return rng.choice([thing(item), *_by_colour(item, items), *_by_shape(item, items)])
+
+
+def _by_colour(item: Item, items: tuple[Item, ...]) -> list[str]:
+    """The object by its colour alone, where it is the only one."""
+    alone = sum(other.colour == item.colour for other in items) == 1
+    return [f"{item.colour} object"] * alone
+
+
+def _by_shape(item: Item, items: tuple[Item, ...]) -> list[str]:
+    """The object by its shape alone, where it is the only one."""
+    return [item.kind] * (sum(other.kind == item.kind for other in items) == 1)
 
 
 def _a(words: str) -> str:
@@ -258,21 +266,26 @@ def _ask_number(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Ques
     return Question(phrase.format(name), answer, item.value, (item.box,), "number")
 
 
-def _marked(rng: random.Random, kind: str, item: Item) -> str:
-    """A question about the object with that text."""
-    text = rng.choice((item.value, f"the {_noun(item)} {item.value}"))
-    question = rng.choice(PHRASES[kind]).format(text)
-    return question[0].upper() + question[1:]
+def _marked(rng: random.Random, item: Item, names: list[str]) -> tuple[str, str]:
+    """What a question and its answer call the object: by its text, or by the name it has."""
+    if names and rng.random() < 0.5:
+        return names[0], names[0]
+    marks = (item.value, f"the {_noun(item)} {item.value}")
+    return f"object with {rng.choice(marks)}", f"object with {item.value}"
 
 
-def _ask_color(rng: random.Random, item: Item) -> Question:
-    answer = f"The object with {item.value} is {item.colour}."
-    return Question(_marked(rng, "color", item), answer, item.colour, (item.box,), "color")
+def _ask_color(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
+    asked, called = _marked(rng, item, _by_shape(item, items))
+    answer = f"The {called} is {item.colour}."
+    text = rng.choice(PHRASES["color"]).format(asked)
+    return Question(text, answer, item.colour, (item.box,), "color")
 
 
-def _ask_shape(rng: random.Random, item: Item) -> Question:
-    answer = f"The object with {item.value} is {_a(item.kind)}."
-    return Question(_marked(rng, "shape", item), answer, item.kind, (item.box,), "shape")
+def _ask_shape(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
+    asked, called = _marked(rng, item, _by_colour(item, items))
+    answer = f"The {called} is {_a(item.kind)}."
+    text = rng.choice(PHRASES["shape"]).format(asked)
+    return Question(text, answer, item.kind, (item.box,), "shape")
 
 
 def _ask_exists(
