@@ -21,6 +21,8 @@ from nanoglimpse.train.examples import Example, token_mask
 from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, QUESTION_KINDS, SPLITS
 from nanoglimpse.world.__main__ import main as write_world
 
+from .examples import QUESTION, SCENE
+
 HELDOUT = SPLITS["heldout"].start
 ARGUMENTS = ["--count", "3", "--domains", "scene", "--batch", "2", "--device", "cpu", "--quiet"]
 SMALL = ["--data", str(EXAMPLES / "questions.jsonl"), "--count", "5", "--device", "cpu", "--quiet"]
@@ -175,7 +177,7 @@ def test_all_methods_can_be_checked_before_the_work(nano):
 
 
 def test_nothing_is_kept(nano):
-    prompt = nano.prompt(EXAMPLES / "scene_0.png", "Which shape has the number 88?")
+    prompt = nano.prompt(SCENE, QUESTION)
     prefill = nano.prefill(prompt, "nothing")
     depth = nano.config.text_config.num_hidden_layers
     assert not bool(prefill.kept.any())
@@ -190,7 +192,8 @@ def test_an_answer_says_what_it_was_worth_and_what_it_cost(nano):
     alone = nano.ask(item.picture, item.asked.question, method="glimpse", max_ratio=0.2)
     assert row["reply"] == alone.text
     assert row["tokens"] == len(alone.token_ids)
-    assert (row["visual"], row["kept"]) == (64, int(alone.kept.sum()))
+    visual = len(alone.kept)
+    assert (row["visual"], row["kept"]) == (visual, int(alone.kept.sum()))
     assert row["kv_bytes"] == alone.stats.kv_bytes[1]
     assert row["kv_rows"] * nano.config.text_config.num_hidden_layers == alone.stats.kv_rows[1]
     assert row["decode_kv"] == alone.stats.budgets.decode_kv_ratio
@@ -203,12 +206,14 @@ def test_an_answer_says_what_it_was_worth_and_what_it_cost(nano):
         "after",
         "decode",
     }
-    assert row["grid"] == [8, 8]
-    seen = int(row["cells"], 16)
-    assert [bool(seen >> (63 - i) & 1) for i in range(64)] == alone.kept.tolist()
+    grid = alone.grids[0]
+    assert row["grid"] == [grid[1] // 2, grid[2] // 2]
+    seen = bytes.fromhex(row["cells"])
+    found = [bool(seen[i // 8] >> (7 - i % 8) & 1) for i in range(visual)]
+    assert found == alone.kept.tolist()
     importance = torch.tensor(list(bytes.fromhex(row["importance"])))
     assert torch.equal(importance, (255 * alone.importance.sigmoid()).round().int())
-    mask = token_mask(item.asked.boxes, (1, 16, 16), nano.config)
+    mask = token_mask(item.asked.boxes, grid, nano.config)
     both = int((mask & alone.kept).sum())
     assert row["recall"] == both / int(mask.sum())
     assert row["iou"] == both / int((mask | alone.kept).sum())

@@ -12,8 +12,8 @@ from nanoglimpse import NanoglimpseError, Prompt, Sampling, UsageError, batchfil
 from nanoglimpse.cache import Cache
 from nanoglimpse.kernels.ops import TORCH
 from nanoglimpse.many import Pool
-from nanoglimpse.weights import EMBEDDED
 
+from .examples import ANSWER, QUESTION, SCENE, SCENES
 from .tiny import chat_ids, patches_of
 
 LAYOUTS = (
@@ -243,10 +243,6 @@ def test_many_short_questions_leave_no_memory_behind(engine):
     assert after[2] - before[2] < 20000
 
 
-EXAMPLES = EMBEDDED["nano"] / "examples"
-SCENE, QUESTION = str(EXAMPLES / "scene_4.png"), "Which number is written on the red triangle?"
-
-
 @pytest.fixture
 def batch(tmp_path, capsys, monkeypatch, nano):
     """Writes a file of questions and asks them: exit code, lines of the results, stderr."""
@@ -278,9 +274,9 @@ def batch(tmp_path, capsys, monkeypatch, nano):
 
 
 ROWS = (
-    {"image": SCENE, "question": QUESTION, "id": 7},
+    {"image": str(SCENE), "question": QUESTION, "id": 7},
     {"image": None, "question": "What is “red”?"},
-    {"image": [SCENE, str(EXAMPLES / "scene_1.png")], "question": QUESTION, "boxes": []},
+    {"image": [str(SCENE), str(SCENES[0])], "question": QUESTION, "boxes": []},
 )
 
 
@@ -311,7 +307,7 @@ def test_paths_count_from_the_folder_of_the_file(batch):
         image.save(batch.path.parent / "here.png")
     batch.write({"image": "here.png", "question": QUESTION})
     _, lines, _ = batch.run()
-    assert lines[0]["answer"] == "The number on the red triangle is 64."
+    assert lines[0]["answer"] == ANSWER
     assert lines[0]["images"] == ["here.png"]
 
 
@@ -337,7 +333,7 @@ def test_failures_have_lines_and_are_asked_again(batch):
     assert "1 of 4 questions failed" in err
     found = {line["index"]: line for line in lines}
     assert len(lines) == 4
-    assert found[1]["answer"] == "The number on the red triangle is 64."
+    assert found[1]["answer"] == ANSWER
     assert {index: found[index] for index in whole} == whole
 
 
@@ -403,7 +399,7 @@ def test_a_file_with_mistakes_is_refused_before_any_work(batch, rows, words):
     [
         (["--max-ratio", 0.5], r'settings {"max_new_tokens": 12}, now'),
         (["--method", "magic"], "unknown method"),
-        (["--image", SCENE], "names questions and pictures itself"),
+        (["--image", str(SCENE)], "names questions and pictures itself"),
         (["Why?"], "names questions and pictures itself"),
         (["--output", "/nowhere/x.jsonl"], "results cannot be written: there is no folder"),
         (["--temperature", -1], "temperature"),

@@ -1,6 +1,5 @@
 """Matrices of 8 and 4 bits: against the plain matrices that they stand for, and while loading."""
 
-import json
 from collections import defaultdict
 
 import pytest
@@ -17,6 +16,7 @@ from nanoglimpse.layers import Linear
 from nanoglimpse.weights import checkpoint
 from nanoglimpse.weights.names import Part, canonical, parts
 
+from .examples import QUESTION, SCENE
 from .test_weights import write_adapter
 from .tiny import chat_ids, config_dict, patches_of, write_checkpoint
 
@@ -113,9 +113,7 @@ def test_few_bits_stay_near_bf16(nano, kind):
     """On trained weights: the error of logits beside that of bf16, and the same answer."""
     few = load("nano", dtype="float32", device="cpu", quantize=kind)
     half = load("nano", dtype="bfloat16", device="cpu")
-    examples = nano.processor.folder / "examples"
-    question = json.loads((examples / "built_in.json").read_text())
-    prompt = nano.prompt(examples / question["image"], question["question"])
+    prompt = nano.prompt(SCENE, QUESTION)
     exact = nano.prefill(prompt, "dense").logits
     errors = {
         name: float((engine.prefill(prompt, "dense").logits.float() - exact).norm() / exact.norm())

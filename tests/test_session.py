@@ -25,15 +25,16 @@ from nanoglimpse.prefix import Stretch, append
 from nanoglimpse.rope import mrope
 from nanoglimpse.session import Session
 from nanoglimpse.session_file import fingerprint
-from nanoglimpse.weights import EMBEDDED
 
+from .examples import QUESTION, SCENE
+from .examples import SCENES as PICTURES
 from .tiny import EOS, chat_ids, patches_of, write_checkpoint, write_glimpse
 
 GRIDS = [(1, 8, 12), (1, 10, 6)]
 HEAD, TAILS = 4, (5, 1, 9, 5, 30)
-SCENES = [EMBEDDED["nano"] / "examples" / f"scene_{i}.png" for i in (4, 0)]
+SCENES = [SCENE, next(path for path in PICTURES if path != SCENE)]
 QUESTIONS = (
-    "Which number is written on the red triangle?",
+    QUESTION,
     "Which shape has the number 8?",
     "How many red shapes are there?",
 )
