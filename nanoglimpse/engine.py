@@ -3,7 +3,7 @@
 The pruning step is control flow here and nowhere else: `Engine.read` is written as the method goes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,6 +217,7 @@ class Engine:
         seed: int | Sequence[int] = 0,
         evidence: Sequence[Tensor] | None = None,
         trace: bool = False,
+        see: Callable[[Tensor, Sequence[Grid], Method], Sight] | None = None,
     ) -> Prefill:
         """Reads prompts of any lengths, packed, up to the logits of their first answer tokens.
 
@@ -234,6 +235,7 @@ class Engine:
             evidence: bool [N] of each prompt, the visual tokens that its answer needs; the method
                 "oracle" keeps them.
             trace: keep `hidden`; pruning then waits for the end of layer K.
+            see: in place of `Engine.see`, for pictures that have been seen before.
 
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
@@ -246,7 +248,7 @@ class Engine:
         patches = pack([prompt.patches for prompt in prompts])
         known = None if evidence is None else torch.cat(list(evidence)).to(self.device)
 
-        sight = self.see(patches, batch.all_grids, plan.method)
+        sight = (see or self.see)(patches, batch.all_grids, plan.method)
         clock.lap("vision")
         reading = Reading(self.decoder, self.config.text_config, self.ops, batch, sight.visual)
         return self.read(reading, batch, sight, plan, clock, max_new_tokens, seeds, known, trace)

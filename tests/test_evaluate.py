@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.evaluate.__main__ import main
-from nanoglimpse.evaluate.answers import answer, bits, figures
+from nanoglimpse.evaluate.answers import Lot, answer, bits, figures
 from nanoglimpse.evaluate.arms import Arm, check, combine
 from nanoglimpse.evaluate.questions import Files, World, questions
 from nanoglimpse.evaluate.store import Results
@@ -188,7 +189,7 @@ def test_nothing_is_kept(nano):
 
 def test_an_answer_says_what_it_was_worth_and_what_it_cost(nano):
     item = next(iter(Files([EXAMPLES / "questions.jsonl"], None, 1).items(False)))
-    (row,) = answer(nano, [item], Arm("glimpse", 0.2), gallery=1)
+    (row,) = answer(Lot(nano, [item]), Arm("glimpse", 0.2), gallery=1)
     alone = nano.ask(item.picture, item.asked.question, method="glimpse", max_ratio=0.2)
     assert row["reply"] == alone.text
     assert row["tokens"] == len(alone.token_ids)
@@ -217,8 +218,29 @@ def test_an_answer_says_what_it_was_worth_and_what_it_cost(nano):
     both = int((mask & alone.kept).sum())
     assert row["recall"] == both / int(mask.sum())
     assert row["iou"] == both / int((mask | alone.kept).sum())
-    (plain,) = answer(nano, [item], Arm("dense"))
+    (plain,) = answer(Lot(nano, [item]), Arm("dense"))
     assert not {"cells", "importance", "grid"} & plain.keys()
+
+
+def test_pictures_are_seen_once_for_all_that_want_the_same(nano, monkeypatch):
+    """Every method answers as with pictures of its own, and is charged with seeing them."""
+    items, seen = list(World(1_000_000, ["scene"], 2).items(False)), []
+
+    def see(patches, grids, method):
+        seen.append((tuple(nano.taps(method)), tuple(method.watches(nano))))
+        return Engine.see(nano, patches, grids, method)
+
+    arms = [Arm(name, 0.3 if method.capped else None) for name, method in METHODS.items()]
+    alone = [answer(Lot(nano, items), arm) for arm in arms]
+    monkeypatch.setattr(nano, "see", see)
+    lot = Lot(nano, items)
+    brief = Lot(nano, list(World(1_000_000, ["scene"], 2).items(True)), shown=lot.shown)
+    for arm, wanted in zip(arms, alone, strict=True):
+        answer(brief, arm)
+        for row, one in zip(answer(lot, arm), wanted, strict=True):
+            assert row["ms"]["vision"] > 0
+            assert {**row, "ms": 0} == {**one, "ms": 0}, arm.name
+    assert len(seen) == len(set(seen)) < len(arms) / 2
 
 
 def test_cells_as_bits():

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from ..methods import METHODS
 from ..reading import KV_DROPS
 from ..weights import locate
 from ..world import DOMAINS, SPLITS
-from .answers import MAX_NEW_TOKENS, answer, batches, thumbnail
+from .answers import MAX_NEW_TOKENS, Lot, answer, batches, thumbnail
 from .arms import Arm, check, combine
 from .figures import SCORES, best_score, read_runs, runs_of
 from .judge import KEY, Judge, grade
@@ -92,9 +91,8 @@ def evaluate(arguments: Sequence[str], shards: Shards) -> int:
     results, done = _resume(args, engine, source, shards)
     if source.missing and not quiet:
         print(_lost(source.missing), file=sys.stderr)
-    for number, arm in enumerate(arms):
-        show = _Counter(f"{number + 1} of {len(arms)}: {arm.name}", source.total, quiet)
-        _run(engine, arm, source, results, done, args, shards, show)
+    show = _Counter(f"{len(arms)} ways, answers", len(arms) * source.total, quiet)
+    _run(engine, arms, source, results, done, args, shards, show)
     if shards.rank == 0:
         if judge:
             _grade(results, judge, args)
@@ -175,7 +173,7 @@ class _Counter:
 
 def _run(
     engine: Engine,
-    arm: Arm,
+    arms: Sequence[Arm],
     source: Source,
     results: Results | None,
     done: set,
@@ -183,35 +181,46 @@ def _run(
     shards: Shards,
     show: Callable[[int], None],
 ) -> None:
-    """Asks one arm's questions: batch after batch, the processes one each at a time."""
-    left = (item for item in source.items(arm.brief) if (arm.name, item.name) not in done)
-    count = sum(name == arm.name for name, _ in done)
+    """Asks batch after batch in every way, the processes one batch each at a time.
+
+    A batch that was partly answered before is asked for what is left of it.
+    """
+    names = {arm.name for arm in arms}
+    count = sum(name in names for name, _ in done)
     show(count)
     options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    for round_ in _rounds(batches(left, args.batch), shards.count):
-        own = round_[shards.rank] if shards.rank < len(round_) else []
-        records = (
-            answer(
-                engine,
-                own,
-                arm,
-                max_new_tokens=args.max_new_tokens,
-                gallery=args.gallery,
-                prompt_options=options,
-            )
-            if own
-            else []
-        )
-        records = shards.gather([*_pictures(own, args.gallery), *records])
-        count += sum(map(len, round_))
-        if results:
-            results.add([r for r in records if r.get("picture") not in results.pictures])
-        show(count)
+    for round_ in _rounds(source, arms, args.batch, shards.count):
+        lots: dict[tuple, Lot] = {}
+        shown: dict[tuple, dict] = {}
+        for arm in arms:
+            left = [
+                [item for item in forms[arm.brief] if (arm.name, item.name) not in done]
+                for forms in round_
+            ]
+            if not any(left):
+                continue
+            own, records = left[shards.rank] if shards.rank < len(left) else [], []
+            if own:
+                whose = tuple(item.name for item in own)
+                if (lot := lots.get((arm.brief, whose))) is None:
+                    same = shown.setdefault(whose, {})
+                    lot = Lot(engine, own, shown=same, prompt_options=options)
+                    lots[arm.brief, whose] = lot
+                records = answer(lot, arm, max_new_tokens=args.max_new_tokens, gallery=args.gallery)
+            records = shards.gather([*_pictures(own, args.gallery), *records])
+            count += sum(map(len, left))
+            if results:
+                results.add([r for r in records if r.get("picture") not in results.pictures])
+            show(count)
 
 
-def _rounds(all_batches: Iterator[list[Item]], count: int) -> Iterator[list[list[Item]]]:
-    while some := list(islice(all_batches, count)):
-        yield some
+def _rounds(
+    source: Source, arms: Sequence[Arm], size: int, processes: int
+) -> Iterator[list[dict[bool, list[Item]]]]:
+    """A batch for each process, in each form of prompt that is asked for."""
+    forms = sorted({arm.brief for arm in arms})
+    every = zip(*(batches(source.items(form), size) for form in forms), strict=True)
+    yield from batches((dict(zip(forms, batch, strict=True)) for batch in every), processes)
 
 
 def _pictures(items: Sequence[Item], gallery: int) -> list[dict]:

@@ -4,14 +4,17 @@ import base64
 import io
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from ..cost import Rows, count
-from ..engine import Engine
-from ..results import Prefill, peak_bytes
+from ..engine import Engine, Sight
+from ..methods import METHODS, Method
+from ..results import Clock, Prefill, peak_bytes
+from ..rope import Grid
 from ..train.examples import Example, token_mask
 from .arms import Arm
 from .questions import Item
@@ -21,61 +24,117 @@ MAX_NEW_TOKENS = 64
 THUMB = 448
 
 
-def answer(
-    engine: Engine,
-    items: Sequence[Item],
-    arm: Arm,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    gallery: int = 0,
-    prompt_options: dict | None = None,
-) -> list[dict]:
-    """A result for each item, computed in one batch, greedily.
+@dataclass(frozen=True)
+class Shown:
+    """What the vision encoder said of a batch's pictures, its milliseconds, and its peak memory."""
 
-    Times are the batch's, shared evenly; so at a batch of one they are what a user waits.
+    sight: Sight
+    vision: float
+    peak: int | None
+
+
+class Lot:
+    """A batch of questions whose pictures are read and seen once, however they are answered.
+
+    Attributes:
+        items: the questions, with their pictures.
+        prompts: of them.
+        masks: bool [N] of each, the visual tokens of its evidence.
+        preprocess: milliseconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        items: Sequence[Item],
+        *,
+        shown: dict[tuple, Shown] | None = None,
+        prompt_options: dict | None = None,
+    ):
+        """Reads the pictures.
+
+        Args:
+            engine: that answers.
+            items: what is asked.
+            shown: of another lot about the same pictures; takes what this one sees.
+            prompt_options: of `Processor.prompt`.
+        """
+        self.engine, begun = engine, time.perf_counter()
+        self.items = [item.opened() for item in items]
+        self.prompts = [
+            engine.prompt(item.picture, item.asked.question, **prompt_options or {})
+            for item in self.items
+        ]
+        self.preprocess = 1000 * (time.perf_counter() - begun)
+        self.masks = [
+            token_mask(item.asked.boxes, prompt.grids[0], engine.config)
+            for item, prompt in zip(self.items, self.prompts, strict=True)
+        ]
+        self.shown = {} if shown is None else shown
+
+    def see(self, patches: Tensor, grids: Sequence[Grid], method: Method) -> Sight:
+        """`Engine.see`, once for all methods that want to know the same."""
+        key = self._key(method)
+        if key not in self.shown:
+            clock = Clock(self.engine.device)
+            sight = self.engine.see(patches, grids, method)
+            clock.lap("vision")
+            spent = clock.milliseconds()["vision"]
+            self.shown[key] = Shown(sight, spent, _peak(self.engine.device))
+        return self.shown[key].sight
+
+    def seen(self, method: Method) -> Shown:
+        """What `see` gave this method, and what that cost."""
+        return self.shown[self._key(method)]
+
+    def _key(self, method: Method) -> tuple:
+        return tuple(self.engine.taps(method)), tuple(method.watches(self.engine))
+
+
+def answer(
+    lot: Lot, arm: Arm, *, max_new_tokens: int = MAX_NEW_TOKENS, gallery: int = 0
+) -> list[dict]:
+    """A result for each question of a lot, computed in one batch, greedily.
+
+    Times are the batch's, shared evenly; so at a batch of one they are what a user waits. Every
+    method is charged with what seeing the pictures cost, whether it was the first to ask for it.
 
     Args:
-        engine: that answers.
-        items: what is asked.
+        lot: what is asked.
         arm: how.
         max_new_tokens: at most so many for each.
         gallery: the first so many questions of a group carry kept cells and importance.
-        prompt_options: of `Processor.prompt`.
     """
-    begun = time.perf_counter()
-    items = [item.opened() for item in items]
-    prompts = [
-        engine.prompt(item.picture, item.asked.question, **prompt_options or {}) for item in items
-    ]
-    preprocess = 1000 * (time.perf_counter() - begun)
-    masks = [
-        token_mask(item.asked.boxes, prompt.grids[0], engine.config)
-        for item, prompt in zip(items, prompts, strict=True)
-    ]
-    on_gpu = engine.device.type == "cuda"
-    if on_gpu:
+    engine, items = lot.engine, lot.items
+    if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     prefill = engine.prefill_many(
-        prompts,
+        lot.prompts,
         max_new_tokens=max_new_tokens,
-        evidence=masks,
+        evidence=lot.masks,
         seed=[item.number for item in items],
+        see=lot.see,
         **arm.options,
     )
     tokens, decode = _decode(engine, prefill, max_new_tokens)
-    stages = {"preprocess": preprocess} | _stages(prefill.timings)
+    shown, peak = lot.seen(METHODS[arm.method]), _peak(engine.device)
+    stages = {"preprocess": lot.preprocess} | _stages(prefill.timings) | {"vision": shown.vision}
     batch = {
         "ms": {name: spent / len(items) for name, spent in stages.items()} | {"decode": decode},
         "batch": len(items),
-        "peak_bytes": peak_bytes(engine.device) if on_gpu else None,
+        "peak_bytes": None if peak is None else max(peak, shown.peak),
     }
     results = []
     for i, item in enumerate(items):
         result = _asked(item, arm) | _scored(item, engine.processor.decode(tokens[i]))
-        result |= _kept(prefill, i, masks[i])
+        result |= _kept(prefill, i, lot.masks[i])
         result |= _spent(engine, prefill, i, len(tokens[i])) | batch
         results.append(result | (_seen(engine, prefill, i, item) if item.number < gallery else {}))
     return results
+
+
+def _peak(device: torch.device) -> int | None:
+    return peak_bytes(device) if device.type == "cuda" else None
 
 
 def _asked(item: Item, arm: Arm) -> dict:
@@ -208,9 +267,8 @@ def figures(
     """
     asked = [(example.image, one) for example in examples for one in example.asked]
     items = (Item(str(n), "", "", n, image, one) for n, (image, one) in enumerate(asked))
-    rows = [
-        row for some in batches(items, batch) for row in answer(engine, some, arm or Arm("glimpse"))
-    ]
+    lots = (Lot(engine, some) for some in batches(items, batch))
+    rows = [row for lot in lots for row in answer(lot, arm or Arm("glimpse"))]
     values = {
         "retention": [row["kept"] / row["visual"] for row in rows],
         "recall": [row["recall"] for row in rows if row["recall"] is not None],
