@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-from nanoglimpse.benchmark import ROOT
 from nanoglimpse.benchmark.arms import Peer
 from nanoglimpse.benchmark.cases import Case, accuracy
 from nanoglimpse.benchmark.measuring import Roofs, machine, say
@@ -30,9 +29,8 @@ from nanoglimpse.benchmark.plot import plot
 from nanoglimpse.benchmark.report import gains, report
 from nanoglimpse.benchmark.shapes import random_engine, stored_engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.generate import built_in
 from nanoglimpse.kernels.quantized import KINDS
-
-EXAMPLES = ROOT / "weights" / "nano" / "examples"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", default="nano", help="checkpoint to time (default: nano)")
-    p.add_argument("--image", default=EXAMPLES / "scene_4.png", help="(default: a 448 px scene)")
+    p.add_argument("--image", default=built_in()[0], help="(default: a 448 px scene)")
     p.add_argument("--shape", help="3b, 7b or a config.json: random weights instead")
     p.add_argument("--layers", type=int, help="of a shape, in each tower (default: all)")
     p.add_argument("--visual-tokens", type=int, nargs="+", default=[256], help="(default: 256)")

@@ -339,11 +339,17 @@ def _task(args: argparse.Namespace) -> tuple[list[str | Video], str]:
         if not args.question:
             raise UsageError("a question is needed; put it in quotes behind the options")
         return _pictures(args), args.question
-    built_in = json.loads((EXAMPLES / "built_in.json").read_text(encoding="utf-8"))
+    picture, question = built_in()
     if not args.quiet:
-        print(f"picture     {EXAMPLES / built_in['image']}", file=sys.stderr)
-        print(f"question    {built_in['question']}", file=sys.stderr)
-    return [str(EXAMPLES / built_in["image"])], built_in["question"]
+        print(f"picture     {picture}", file=sys.stderr)
+        print(f"question    {question}", file=sys.stderr)
+    return [str(picture)], question
+
+
+def built_in() -> tuple[Path, str]:
+    """The picture and the question that stand in where none is given."""
+    said = json.loads((EXAMPLES / "built_in.json").read_text(encoding="utf-8"))
+    return EXAMPLES / said["image"], said["question"]
 
 
 def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:

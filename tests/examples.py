@@ -2,15 +2,12 @@
 
 import json
 
-from nanoglimpse.generate import EXAMPLES
+from nanoglimpse.generate import EXAMPLES, built_in
 
 ROWS = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
 SCENES = sorted(EXAMPLES.glob("*.png"))
-BUILT_IN = json.loads((EXAMPLES / "built_in.json").read_text())
 # What the command line asks without arguments, and the right answer.
-SCENE, QUESTION = EXAMPLES / BUILT_IN["image"], BUILT_IN["question"]
+SCENE, QUESTION = built_in()
 (ANSWER,) = (
-    row["answer"]
-    for row in ROWS
-    if (row["image"], row["question"]) == (BUILT_IN["image"], BUILT_IN["question"])
+    row["answer"] for row in ROWS if (row["image"], row["question"]) == (SCENE.name, QUESTION)
 )

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..cost import Rows, session_prefix, session_question
 from ..engine import Engine
+from ..generate import built_in
 from ..kernels.ops import TORCH
 from ..processor import Prompt, preprocess_image
 from ..session import Session
 from .measuring import Memory, best, now, say
 from .shapes import random_tensors, shape_config, skeleton
-
-QUESTION = "Which number is written on the red triangle?"
 
 
 class Task:
@@ -31,7 +30,7 @@ class Task:
     def preprocess(self) -> Prompt:
         """The prompt from the picture; where there is no tokenizer, random text."""
         if self.engine.processor.tokenizer:
-            return self.engine.prompt(self.picture, QUESTION)
+            return self.engine.prompt(self.picture, built_in()[1])
         config = self.engine.config
         patches, grid = preprocess_image(self.picture, config=self.engine.processor.pixels)
         count = grid[1] * grid[2] // config.vision_config.merge_unit
