@@ -3,6 +3,7 @@
     python bench.py                                       the embedded checkpoint, 448 × 448 px
     python bench.py --shape 3b --visual-tokens 256 1024 5000 16384 --retain 1 0.333 0.111 0.04
     python bench.py --shape 3b --layers 4 --device cpu    for a machine that is too small
+    python bench.py --ragged 8 32                         questions of different sizes at once
     python bench.py --kernels --shape 7b                  each operation alone
 
 A shape is built from random weights on the device; as those prune at random, the share that stays
@@ -11,12 +12,15 @@ ratio holds when the machine drifts. A gate comes first: what computes wrong is 
 are operations over the rate of a large product and bytes over the bandwidth of reading a large
 tensor, both measured first. A ceiling is the speed-up of who reaches the floor. Beside each answer
 to a single prompt stand two questions to a session, up to their logits: the first one, which reads
-the picture, and a further one. The last line of stdout is one JSON object.
+the picture, and a further one. With --ragged the questions are about pictures of different sizes
+and their answers end at different places: how many are answered in a second at once, one by one,
+and by transformers in a batch that it pads. The last line of stdout is one JSON object.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +30,10 @@ from nanoglimpse.benchmark.cases import Case, accuracy
 from nanoglimpse.benchmark.measuring import Roofs, machine, say
 from nanoglimpse.benchmark.operations import time_operations
 from nanoglimpse.benchmark.plot import plot
+from nanoglimpse.benchmark.ragged import Ragged, gains_at_once
 from nanoglimpse.benchmark.report import gains, report
 from nanoglimpse.benchmark.shapes import random_engine, stored_engine
+from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.generate import built_in
 from nanoglimpse.kernels.quantized import KINDS
@@ -46,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--retain", type=float, nargs="+", help="shares to force (a shape's: 0.111)")
     p.add_argument("--text", type=int, default=40, help="text tokens of a shape (default: 40)")
     p.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts (default: 1)")
+    p.add_argument(
+        "--ragged", type=int, nargs="+", help="instead: so many questions of different sizes"
+    )
     p.add_argument("--new", type=int, default=64, help="tokens to answer (default: 64)")
     p.add_argument("--rounds", type=int, default=11, help="counted rounds (default: 11)")
     p.add_argument("--dtype", default="auto", help="(default: auto)")
@@ -73,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
     """Builds, measures the roofs, then kernels or cases."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    if min(args.new, args.rounds, args.text, *args.batch, *args.visual_tokens) < 1 or args.new < 2:
-        raise UsageError("rounds, batch, text and visual tokens are at least 1, new at least 2")
+    counts = (*args.batch, *(args.ragged or ()), *args.visual_tokens)
+    if min(args.new, args.rounds, args.text, *counts) < 1 or args.new < 2:
+        raise UsageError("counts, rounds, text and visual tokens are at least 1, new at least 2")
+    if args.ragged and args.plot:
+        raise UsageError("--plot draws prefill and decode, which --ragged does not time apart")
     if not all(0 < share <= 1 for share in args.retain or ()):
         raise UsageError(f"retain {args.retain} are no shares; give more than 0, up to 1")
     say("building")
@@ -88,24 +100,33 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.quantize:
         summary["accuracy"] = accuracy(engine, args)
-    peer = None if args.alone else Peer.load(engine, args)
+    tell, gained = (Ragged.report, gains_at_once) if args.ragged else (report, gains)
     wrong = 0
-    for visual in args.visual_tokens if args.shape else [0]:
-        for batch in args.batch:
-            case = Case(engine, peer, roofs, args, visual, batch)
-            faults = case.faults()
-            if faults:
-                wrong += 1
-                print(f"\n{case.title}: not timed, it computes wrong: {'; '.join(faults)}")
-                continue
-            case.measure()
-            summary["cases"].append(report(case))
+    for case in cases(engine, roofs, args):
+        faults = case.faults()
+        if faults:
+            wrong += 1
+            print(f"\n{case.title}: not timed, it computes wrong: {'; '.join(faults)}")
+            continue
+        case.measure()
+        summary["cases"].append(tell(case))
     if args.plot and summary["cases"]:
         plot(Path(args.plot), summary["cases"])
     if summary["cases"]:
-        print("\n" + gains(summary["cases"][-1]))
+        print("\n" + gained(summary["cases"][-1]))
     print(json.dumps(summary))
     return 1 if wrong else 0
+
+
+def cases(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> Iterator[Case | Ragged]:
+    """What is asked for, one after the other."""
+    peer = None if args.alone else Peer.load(engine, args)
+    for visual in args.visual_tokens if args.shape else [0]:
+        for count in args.ragged or args.batch:
+            if args.ragged:
+                yield Ragged(engine, peer, args, visual, count)
+            else:
+                yield Case(engine, peer, roofs, args, visual, count)
 
 
 if __name__ == "__main__":

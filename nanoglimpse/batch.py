@@ -26,6 +26,7 @@ class Batch:
             images together, those of a video alone; -1 where all stay.
         grids: of each prompt.
         pool_sizes: (rows, columns) in visual tokens of each pool's images, or pairs of frames.
+        clips: the pools that are videos.
         counts: rows of each prompt.
         visual_counts: visual tokens of each prompt.
         next_position: int64 [B], the largest position of each prompt + 1.
@@ -39,6 +40,7 @@ class Batch:
     pools: Tensor
     grids: list[tuple[Grid, ...]]
     pool_sizes: list[list[tuple[int, int]]]
+    clips: frozenset[int]
     counts: list[int]
     visual_counts: list[int]
     next_position: Tensor
@@ -58,7 +60,7 @@ class Batch:
         visual_rows = torch.cat([prompt.visual for prompt in prompts]).nonzero().flatten()
         counts = torch.tensor([len(prompt) for prompt in prompts])
         order = torch.arange(len(prompts))
-        pools, pool_sizes = _pools(prompts, config, prune_videos)
+        pools, pool_sizes, clips = _pools(prompts, config, prune_videos)
         return cls(
             token_ids=token_ids.to(device),
             positions=torch.cat([prompt.positions for prompt in prompts], dim=1).to(device),
@@ -66,6 +68,7 @@ class Batch:
             pools=pools.to(device),
             grids=[prompt.grids for prompt in prompts],
             pool_sizes=pool_sizes,
+            clips=clips,
             counts=counts.tolist(),
             visual_counts=[
                 sum(visual_tokens(grid, config) for grid in prompt.grids) for prompt in prompts
@@ -119,15 +122,17 @@ class Batch:
 
 def _pools(
     prompts: Sequence[Prompt], config: Config, prune_videos: bool
-) -> tuple[Tensor, list[list[tuple[int, int]]]]:
-    """Pool of every visual token, and the sizes of what each pool is made of."""
-    merge, numbers, sizes = config.vision_config.spatial_merge_size, [], []
+) -> tuple[Tensor, list[list[tuple[int, int]]], frozenset[int]]:
+    """Pool of every visual token, the sizes of what each pool is made of, and which are videos."""
+    merge, numbers, sizes, clips = config.vision_config.spatial_merge_size, [], [], []
     for prompt in prompts:
         stills, placeholders, first = -1, prompt.token_ids[prompt.visual].tolist(), 0
         for grid in prompt.grids:
             number, count = -1, visual_tokens(grid, config)
             if placeholders[first] == config.video_token_id:
-                number = len(sizes) if prune_videos else -1
+                if prune_videos:
+                    number = len(sizes)
+                    clips.append(number)
             else:
                 number = stills = stills if stills >= 0 else len(sizes)
             if number == len(sizes):
@@ -136,7 +141,8 @@ def _pools(
                 sizes[number] += [(grid[1] // merge, grid[2] // merge)] * grid[0]
             numbers.append(torch.full((count,), number))
             first += count
-    return torch.cat([torch.empty(0, dtype=torch.int64), *numbers]), sizes
+    pools = torch.cat([torch.empty(0, dtype=torch.int64), *numbers])
+    return pools, sizes, frozenset(clips)
 
 
 def last_rows(counts: Sequence[int], device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ from .session import Session
 HELP = """A line is a question, or one of
 /overlay FILE  write a picture of what the last answer kept
 /image FILE    add a picture
+/save FILE     write pictures and conversation, for engine.load_session(FILE)
 /alone         ask each question by itself; again, in the conversation
 /reset         forget the conversation, keep the pictures
 /stats         what the last answer cost, and what is held
@@ -64,6 +65,7 @@ class Chat:
         self.commands = {
             "/overlay": self.overlay,
             "/image": self.add,
+            "/save": self.save,
             "/alone": self.alone,
             "/reset": self.reset,
             "/stats": self.stats,
@@ -151,6 +153,15 @@ class Chat:
         self.images.append(path)
         more = len(self.session.sight.visual) - before
         self.note(f"picture     {path}, {more} visual tokens")
+
+    def save(self, name: str) -> None:
+        """Writes the session, pictures read and conversation."""
+        if not name:
+            raise UsageError("/save needs the name of a file to write")
+        path = Path(name).expanduser()
+        check_writable(path, "session")
+        self.session.save(path)
+        self.note(f"session     {path}, {path.stat().st_size / 1e6:.2f} MB")
 
     def alone(self, _: str) -> None:
         """Leaves the conversation, or comes back to it."""

@@ -89,11 +89,11 @@ def load(
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops, quantize)
 
 
-def find_method(name: str, max_ratio: float | None) -> Method:
+def find_method(name: str, max_ratio: float | None, max_frame_ratio: float | None = None) -> Method:
     """The pruning method of this name.
 
     Raises:
-        UsageError: there is none, or it needs a cap.
+        UsageError: there is none, it needs a cap, or it cannot keep one.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
@@ -102,6 +102,12 @@ def find_method(name: str, max_ratio: float | None) -> Method:
         raise UsageError(
             f"method {name} keeps a share of the visual tokens that it has to be told; give "
             "max_ratio (--max-ratio), for example 0.111"
+        )
+    if max_frame_ratio is not None and not method.pooled:
+        pooled = ", ".join(one for one in METHODS if METHODS[one].pooled)
+        raise UsageError(
+            f"method {name} does not choose over a whole clip, so that max_frame_ratio "
+            f"(--max-frame-ratio) has no meaning; leave it out, or choose one of {pooled}"
         )
     return method
 
@@ -209,6 +215,7 @@ class Engine:
         *,
         threshold: float | None = None,
         max_ratio: float | None = None,
+        max_frame_ratio: float | None = None,
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         max_new_tokens: int = 128,
@@ -224,8 +231,8 @@ class Engine:
         Args:
             prompts: with any number of pictures each, or none.
             method: of METHODS; "glimpse" where there are glimpse weights, else "dense", if None.
-            threshold, max_ratio, min_tokens, anchors: the rule of `Selection`; what the glimpse
-                weights' config.json says where None. `max_ratio=1` lifts a cap.
+            threshold, max_ratio, max_frame_ratio, min_tokens, anchors: the rule of `Selection`;
+                what the glimpse weights' config.json says where None. `max_ratio=1` lifts a cap.
             max_new_tokens: room that the cache gets for the answer.
             kv_drop: "all": what is dropped leaves the cache of every layer, as in GlimpsePrune;
                 "later": of the layers that follow alone, as in the public code of other methods.
@@ -240,7 +247,8 @@ class Engine:
         Raises:
             UsageError: a prompt exceeds the context, or an argument makes no sense.
         """
-        plan = self.plan(method, threshold, max_ratio, min_tokens, anchors, kv_drop, prune_videos)
+        caps = (max_ratio, max_frame_ratio)
+        plan = self.plan(method, threshold, *caps, min_tokens, anchors, kv_drop, prune_videos)
         self.check_context([len(prompt) for prompt in prompts], max_new_tokens)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         clock = Clock(self.device)
@@ -340,6 +348,7 @@ class Engine:
         method: str | None = None,
         threshold: float | None = None,
         max_ratio: float | None = None,
+        max_frame_ratio: float | None = None,
         min_tokens: int | None = None,
         anchors: Sequence[str] | None = None,
         kv_drop: str = "all",
@@ -348,10 +357,12 @@ class Engine:
         """What `prefill_many` does with these arguments."""
         if kv_drop not in KV_DROPS:
             raise UsageError(f"unknown kv_drop '{kv_drop}'; choose one of {', '.join(KV_DROPS)}")
-        pruner = self._method(method, max_ratio)
-        if max_ratio is not None and pruner.stops(self):
-            max_ratio = pruner.share(self, max_ratio, kv_drop)
-        rule = self._selection(threshold, max_ratio, min_tokens, anchors)
+        pruner = self._method(method, max_ratio, max_frame_ratio)
+        caps = (
+            pruner.share(self, cap, kv_drop) if cap is not None and pruner.stops(self) else cap
+            for cap in (max_ratio, max_frame_ratio)
+        )
+        rule = self._selection(threshold, *caps, min_tokens, anchors)
         return Plan(pruner, rule, kv_drop, prune_videos)
 
     def taps(self, pruner: Method) -> Sequence[int]:
@@ -364,6 +375,7 @@ class Engine:
         self,
         threshold: float | None,
         max_ratio: float | None,
+        max_frame_ratio: float | None,
         min_tokens: int | None,
         anchors: Sequence[str] | None,
     ) -> Selection:
@@ -371,12 +383,16 @@ class Engine:
         return Selection(
             own.threshold if threshold is None else threshold,
             own.max_ratio if max_ratio is None else max_ratio,
+            own.max_frame_ratio if max_frame_ratio is None else max_frame_ratio,
             own.min_tokens if min_tokens is None else min_tokens,
             own.anchors if anchors is None else tuple(anchors),
         )
 
-    def _method(self, name: str | None, max_ratio: float | None) -> Method:
-        method = find_method(name or ("glimpse" if self.glimpse else "dense"), max_ratio)
+    def _method(
+        self, name: str | None, max_ratio: float | None, max_frame_ratio: float | None
+    ) -> Method:
+        name = name or ("glimpse" if self.glimpse else "dense")
+        method = find_method(name, max_ratio, max_frame_ratio)
         if method.name == "glimpse" and not self.glimpse:
             raise UsageError(
                 f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "

@@ -104,6 +104,11 @@ def parser() -> Parser:
         help="what is dropped leaves the cache of all layers, or of later ones (default: all)",
     )
     prune.add_argument("--keep-videos", action="store_true", help="prune images alone")
+    prune.add_argument(
+        "--max-frame-ratio",
+        type=float,
+        help="keep at most this share of each pair of a video's frames (default: no cap)",
+    )
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
 
     text = p.add_argument_group("answer")
@@ -302,6 +307,7 @@ def _prefill_options(args: argparse.Namespace) -> dict:
         "kv_drop": args.kv_drop,
         "threshold": args.threshold,
         "max_ratio": args.max_ratio,
+        "max_frame_ratio": args.max_frame_ratio,
         "min_tokens": args.min_tokens,
         "prune_videos": not args.keep_videos,
     }
@@ -365,7 +371,7 @@ def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:
 
 def _check_method(args: argparse.Namespace) -> None:
     if args.method is not None:
-        find_method(args.method, args.max_ratio)
+        find_method(args.method, args.max_ratio, args.max_frame_ratio)
 
 
 class Progress:

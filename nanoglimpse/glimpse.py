@@ -119,10 +119,10 @@ class Glimpse(Module):
         text = config.text_config
         self.config = glimpse
         self.selection = Selection(
-            glimpse.reduce_threshold,
-            glimpse.max_remain_ratio,
-            glimpse.min_remain_num,
-            glimpse.anchor_positions,
+            threshold=glimpse.reduce_threshold,
+            max_ratio=glimpse.max_remain_ratio,
+            min_tokens=glimpse.min_remain_num,
+            anchors=glimpse.anchor_positions,
         )
         self.predictor = Predictor(config, glimpse, ops)
         self.vectors = nn.Parameter(torch.zeros(text.num_hidden_layers, text.hidden_size))
@@ -135,41 +135,53 @@ class Selection:
     Attributes:
         threshold: keep what has a probability above it.
         max_ratio: if more than this share passes, keep exactly the best int(max_ratio · N) instead.
-        min_tokens: if fewer are left, keep the best `min_tokens`; stronger than `max_ratio`.
+        max_frame_ratio: the same of every pair of a clip's frames, before `max_ratio` counts.
+        min_tokens: if fewer are left, keep the best `min_tokens`; stronger than both, but first of
+            what each pair of frames may keep.
         anchors: corners of every image, of "tl", "tr", "bl", "br", that join whatever their score.
     """
 
     threshold: float = 0.5
     max_ratio: float | None = None
+    max_frame_ratio: float | None = None
     min_tokens: int | None = 1
     anchors: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not 0 <= self.threshold <= 1:
             raise UsageError(f"threshold {self.threshold} is no probability; give 0 to 1")
-        if self.max_ratio is not None and not 0 <= self.max_ratio <= 1:
-            raise UsageError(f"max_ratio {self.max_ratio} is no share; give 0 to 1")
+        for name in ("max_ratio", "max_frame_ratio"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UsageError(f"{name} {share} is no share; give 0 to 1")
         if self.min_tokens is not None and self.min_tokens < 0:
             raise UsageError(f"min_tokens {self.min_tokens} is negative")
         if not set(self.anchors) <= set(ANCHORS):
             raise UsageError(f"anchors {self.anchors} are not among {', '.join(ANCHORS)}")
 
-    def __call__(self, importance: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Kept visual tokens of one prompt.
+    def __call__(
+        self, importance: Tensor, sizes: Sequence[tuple[int, int]], clip: bool = False
+    ) -> Tensor:
+        """Kept visual tokens of one pool.
 
         Args:
             importance: [N], logits.
-            sizes: (rows, columns) of visual tokens of each image, in order.
+            sizes: (rows, columns) of visual tokens of each image, or pair of frames, in order.
+            clip: whether the pool is a video.
 
         Returns:
             bool [N]
         """
-        kept = importance.float().sigmoid() > self.threshold
-        total = len(kept)
+        total = len(importance)
+        allowed = torch.ones(total, dtype=torch.bool, device=importance.device)
+        if clip and self.max_frame_ratio is not None:
+            frames = importance.view(len(sizes), -1)
+            allowed = _best(frames, int(self.max_frame_ratio * frames.shape[1])).flatten()
+        kept = (importance.float().sigmoid() > self.threshold) & allowed
         if self.max_ratio is not None and total and int(kept.sum()) / total > self.max_ratio:
-            kept = _best(importance, int(self.max_ratio * total))
+            kept = _best(importance, int(self.max_ratio * total), allowed)
         if self.min_tokens and int(kept.sum()) < min(self.min_tokens, total):
-            kept = _best(importance, self.min_tokens)
+            kept = _best(importance, self.min_tokens, allowed)
         first = 0
         for rows, columns in sizes:
             corner = {
@@ -184,8 +196,16 @@ class Selection:
         return kept
 
 
-def _best(importance: Tensor, count: int) -> Tensor:
-    """Bool [N], the `count` most important; of equals the first, so that runs agree."""
-    kept = torch.zeros(len(importance), dtype=torch.bool, device=importance.device)
-    kept[importance.argsort(descending=True, stable=True)[:count]] = True
-    return kept
+def _best(importance: Tensor, count: int, preferred: Tensor | None = None) -> Tensor:
+    """Bool [..., N], the `count` most important; of equals the first, so that runs agree.
+
+    Args:
+        importance: [..., N].
+        count: how many.
+        preferred: bool [N], what comes before all others.
+    """
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    if preferred is not None:
+        order = torch.cat((order[preferred[order]], order[~preferred[order]]))
+    kept = torch.zeros(importance.shape, dtype=torch.bool, device=importance.device)
+    return kept.scatter_(-1, order[..., :count], True)

@@ -98,8 +98,8 @@ class Session:
             method: as `Engine.prefill_many`.
             seed: of methods that draw.
             system, min_pixels, max_pixels: as `Processor.prompt`.
-            rule: threshold, max_ratio, min_tokens, anchors, kv_drop and prune_videos as
-                `Engine.prefill_many`.
+            rule: threshold, max_ratio, max_frame_ratio, min_tokens, anchors, kv_drop and
+                prune_videos as `Engine.prefill_many`.
 
         Raises:
             UsageError: the method has to know the question before the decoder, or an argument makes

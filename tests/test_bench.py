@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanoglimpse import cost, load
 from nanoglimpse.benchmark import measuring
+from nanoglimpse.engine import Engine
+from nanoglimpse.many import Pool
 from nanoglimpse.methods import METHODS
 
 from .test_methods import prompt_of
@@ -112,6 +115,88 @@ def test_the_gate_holds_transformers_beside(bench, shape, capsys, monkeypatch):
     assert "logits from transformers' differ" in out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_questions_of_different_sizes(bench, shape, capsys, dtype):
+    """At once, one by one and padded: the same answers, which end at different places."""
+    options = ("--ragged", 5, "--new", 12, "--retain", 0.25, "--dtype", dtype)
+    code, out, _ = call(bench, shape, capsys, *options)
+    assert code == 0
+    assert "5 questions at once, 6 to 24 visual tokens, 13 to 38 rows, answers of" in out
+    (case,) = json.loads(out.splitlines()[-1])["cases"]
+    arms = case["arms"]
+    ours = [f"{n}, {w}" for n in ("dense", "pruned to 25.0%") for w in ("at once", "one by one")]
+    assert [*arms][:4] == ours
+    assert len(arms) == 5
+    assert [*arms][4].startswith("transformers")
+    if dtype == "float32":
+        tokens = [arm["tokens"] for arm in arms.values()]
+        assert tokens[0] == tokens[1] == tokens[4]
+        assert tokens[2] == tokens[3]
+        assert 5 < tokens[0] < 5 * 12
+    for arm in arms.values():
+        assert arm["questions/s"] == pytest.approx(5000 / arm["ms"], rel=1e-3)
+        assert arm["tokens/s"] == pytest.approx(1000 * arm["tokens"] / arm["ms"], rel=1e-3)
+        assert arm["p20"] <= arm["ms"] <= arm["p80"]
+    # One round was counted, so that its quotients are the medians.
+    dense, pruned = case["ratios"].values()
+    for name, ratios in zip(("dense", "pruned to 25.0%"), (dense, pruned), strict=True):
+        own, others = arms[f"{name}, at once"]["ms"], arms[f"{name}, one by one"]["ms"]
+        assert ratios["one by one"] == pytest.approx(others / own, rel=1e-3)
+        assert ratios["transformers"] == pytest.approx([*arms.values()][4]["ms"] / own, rel=1e-3)
+    assert pruned["dense"] == pytest.approx(arms[ours[0]]["ms"] / arms[ours[2]]["ms"], rel=1e-3)
+    assert "dense" not in dense
+    assert "times transformers" in out.splitlines()[-2]
+
+
+def misplaced(self, source, sequence, room, admit=Pool.admit):
+    """Answers in a batch go on from a position too far."""
+    admit(self, source, sequence, room)
+    self.next_position = self.next_position + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("place", "other", "words"),
+    [
+        ("nanoglimpse.many.Pool.admit", misplaced, "tokens, dense at once and one by one differ"),
+        (
+            "nanoglimpse.decoder.Decoder.logits",
+            lambda self, hidden: torch.arange(144.0, device=hidden.device).expand(len(hidden), -1),
+            "transformers",
+        ),
+    ],
+    ids=["at once", "one by one"],
+)
+def test_no_different_answers_are_timed(
+    bench, shape, capsys, monkeypatch, dtype, place, other, words
+):
+    if dtype == "bfloat16" and "Pool" in place:
+        other, place = unlike, "nanoglimpse.engine.Engine.prefill_many"
+        words = "logits, dense at once and one by one differ by"
+    monkeypatch.setattr(place, other)
+    options = ("--ragged", 5, "--new", 12, "--retain", 1, "--dtype", dtype)
+    code, out, _ = call(bench, shape, capsys, *options)
+    assert code == 1
+    assert "not timed, it computes wrong: " in out
+    assert words in out
+    assert json.loads(out.splitlines()[-1])["cases"] == []
+
+
+def unlike(self, prompts, *rest, prefill_many=Engine.prefill_many, **options):
+    """Several prompts are read in another order."""
+    return prefill_many(self, prompts[::-1], *rest, **options)
+
+
+def test_questions_without_transformers_or_several_counts(bench, shape, capsys):
+    options = ("--ragged", 2, 3, "--retain", 1, "--alone", "--visual-tokens", 24, 40)
+    code, out, _ = call(bench, shape, capsys, *options)
+    assert code == 0
+    found = json.loads(out.splitlines()[-1])["cases"]
+    assert [case["questions"] for case in found] == [2, 3, 2, 3]
+    assert [*found[0]["arms"]] == ["dense, at once", "dense, one by one"]
+    assert [*found[0]["ratios"]["dense"]] == ["one by one"]
+
+
 def test_operations_alone(bench, shape, capsys):
     code, out, _ = call(bench, shape, capsys, "--kernels")
     assert code == 0
@@ -133,6 +218,8 @@ def test_accuracy_in_few_bits(bench, shape, capsys):
     [
         (("--retain", "0"), "retain"),
         (("--new", "1"), "new at least 2"),
+        (("--ragged", "4", "0"), "counts"),
+        (("--ragged", "4", "--plot", "x.png"), "--plot"),
         (("--shape", "no.json"), "no.json"),
         (("--device", "tpu"), "unknown device"),
     ],

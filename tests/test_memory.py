@@ -1,5 +1,6 @@
-"""Memory of the pruning methods, counted tensor by tensor: none needs more than no pruning does."""
+"""Memory: no pruning method needs more than no pruning does; thousands of questions leave none."""
 
+import gc
 import weakref
 
 import pytest
@@ -8,11 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanoglimpse import Prompt, load
+from nanoglimpse.benchmark.measuring import resident
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.similarity import unit
 
-from .tiny import chat_ids, config_dict, write_checkpoint, write_glimpse
+from .tiny import chat_ids, config_dict, patches_of, write_checkpoint, write_glimpse
 
 # 2,592 visual tokens, of which 1,296 in one picture. No axis of a weight, of a tile, or of a row of
 # features is longer than LONG: a tensor with two such axes is one of tokens by tokens.
@@ -135,3 +137,63 @@ def test_memory_is_counted_until_it_is_freed():
     assert live.bytes == 4 * len(second)
     assert live.peak == 4 * (len(second) + LONG + 1)
     assert live.square == {(LONG + 1, LONG + 1)}
+
+
+# --- thousands of questions -----------------------------------------------------------------------
+
+COUNT = 2000
+LAYOUTS = ((3, (1, 4, 4), 2), (2, (1, 2, 6), 5), (6,), (1, (1, 2, 2), 1, (1, 4, 2), 3))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Few layers, asked in layouts of `chat_ids` instead of pictures and text."""
+    folder, config = tmp_path_factory.mktemp("small"), config_dict(num_hidden_layers=3)
+    config["vision_config"] |= {"depth": 2, "fullatt_block_indexes": [1]}
+    write_checkpoint(folder, config)
+    layers = {"selected_layers": [1], "reduce_layer": 1, "le_layers": [0, 1, 2]}
+    write_glimpse(folder / "glimpse", folder, selected_visual_layers=[1, 0], **layers)
+    engine = load(folder, device="cpu", dtype="float32")
+
+    def prompt(images, layout):
+        grids = [part for part in layout if not isinstance(part, int)]
+        return Prompt.from_tokens(chat_ids(*layout), patches_of(grids), grids, config=engine.config)
+
+    engine.prompt, engine.processor.decode = prompt, lambda ids: " ".join(map(str, ids))
+    return engine
+
+
+def ask(engine, count):
+    """Questions by themselves, and of sessions: alone, in conversations, with another picture."""
+    for number in range(count):
+        if number % 100 == 0:
+            session = engine.session(engine.prompt([], (4, (1, 4, 4))))
+            session.tail = lambda layout, history=(): engine.prompt([], (*layout, len(history)))
+        if number % 100 == 50:
+            session.reset()
+            session.add(engine.prompt([], ((1, 2, 4),)))
+        if number % 2:
+            engine.ask([], LAYOUTS[number // 2 % len(LAYOUTS)], max_new_tokens=2)
+        else:
+            session.ask((3 + number % 5,), follow_up=number % 3 == 0, max_new_tokens=2)
+
+
+def held():
+    """Objects of Python, bytes of tensors, resident bytes."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    # Packed weights are opaque; they are the model's.
+    plain = [tensor for tensor in tensors if tensor.layout is torch.strided]
+    bytes_held = sum(tensor.untyped_storage().nbytes() for tensor in plain)
+    return len(gc.get_objects()), bytes_held, resident()
+
+
+def test_thousands_of_questions_leave_no_memory_behind(small):
+    """Half a kilobyte for each question would be seen; the first hundred fill what is reused."""
+    ask(small, 100)
+    before = held()
+    ask(small, COUNT)
+    after = held()
+    assert after[0] - before[0] < 32
+    assert after[1] == before[1]
+    assert after[2] - before[2] < 512 * COUNT

@@ -680,11 +680,30 @@ def test_a_conversation_and_its_commands(nano, tmp_path, monkeypatch, capsys):
     assert "64 visual tokens" in err
     assert "2 pictures, 2 turns" in err
     assert "budgets" in err
-    assert all(command in err for command in ("/overlay", "/image", "/alone", "/reset", "/stats"))
+    commands = ("/overlay", "/image", "/save", "/alone", "/reset", "/stats")
+    assert all(command in err for command in commands)
+
+
+def test_a_chat_is_saved(nano, tmp_path, monkeypatch, capsys):
+    """With what has been said, over what stood there; it goes on where it was."""
+    path = tmp_path / "my chat.safetensors"
+    path.write_bytes(b"older")
+    lines = [QUESTIONS[0], f"/save {path}", QUESTIONS[1]]
+    code, out, err = talk(
+        "\n".join(lines), "--image", SCENES[1], monkeypatch=monkeypatch, capsys=capsys
+    )
+    said = out.splitlines()
+    assert (code, len(said)) == (0, 2)
+    assert f"session     {path}, {path.stat().st_size / 1e6:.2f} MB" in err
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    session = nano.load_session(path)
+    assert session.turns == [(QUESTIONS[0], said[0])]
+    assert session.chat(QUESTIONS[1]).text == said[1]
 
 
 def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, capsys):
     lines = ["/overlay x.png", "/image nope.png", "/image", "/nonsense", "/overlay"]
+    lines += ["/save", f"/save {tmp_path}", f"/save {tmp_path}/none/chat"]
     lines += ["word " * 5000, QUESTIONS[0], f"/overlay {tmp_path}"]
     code, out, err = talk(
         "\n".join(lines).encode() + b"\nbad \xff\n",
@@ -694,7 +713,8 @@ def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, cap
     )
     assert (code, out) == (2, nano.ask(SCENES[0], QUESTIONS[0]).text + "\n")
     words = ["no answer yet", "no picture nope.png", "/image needs", "no /nonsense"]
-    words += ["/overlay needs", "exceed the context", "is a folder", "not valid Unicode"]
+    words += ["/overlay needs", "/save needs", "session cannot be written", "there is no folder"]
+    words += ["exceed the context", "is a folder", "not valid Unicode"]
     errors = err.splitlines()
     assert len(errors) == len(words)
     for line, word in zip(errors, words, strict=True):

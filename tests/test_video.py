@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from nanoglimpse import NanoglimpseError, Prompt, UsageError, Video, generate
 from nanoglimpse.batch import Batch
+from nanoglimpse.glimpse import Selection
 from nanoglimpse.methods import METHODS
 from nanoglimpse.overlay import draw_overlay, save_overlay
 from nanoglimpse.processor import PixelConfig, preprocess_image
@@ -353,6 +355,142 @@ def test_the_rule_holds_for_each_clip_and_for_the_pictures(tiny, order):
             assert kept.nonzero().flatten().tolist() == best(importance, count)
 
 
+# Three pairs of frames of 2 × 2, in probabilities.
+CLIP_OF = [0.9, 0.1, 0.6, 0.4, 0.8, 0.55, 0.7, 0.2, 0.3, 0.2, 0.1, 0.05]
+CROWDED = [0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.1, 0.1, 0.55, 0.1, 0.1, 0.1]
+FRAME_CAPS = [
+    ("without a cap", CLIP_OF, {}, [0, 2, 4, 5, 6]),
+    ("half of each", CLIP_OF, {"max_frame_ratio": 0.5}, [0, 2, 4, 6]),
+    ("rounded down", CLIP_OF, {"max_frame_ratio": 0.49}, [0, 4]),
+    ("all of each", CLIP_OF, {"max_frame_ratio": 1}, [0, 2, 4, 5, 6]),
+    ("of equals the first", [0.7] * 12, {"max_frame_ratio": 0.5}, [0, 1, 4, 5, 8, 9]),
+    ("then of the clip", CLIP_OF, {"max_frame_ratio": 0.5, "max_ratio": 0.25}, [0, 4, 6]),
+    ("not before", CROWDED, {"max_frame_ratio": 0.25, "max_ratio": 0.17}, [0, 4]),
+    ("a clip below its own", CLIP_OF, {"max_frame_ratio": 0.25, "max_ratio": 0.4}, [0, 4]),
+    (
+        "the minimum first of what each may keep",
+        CLIP_OF,
+        {"max_frame_ratio": 0.25, "threshold": 0.85, "min_tokens": 3},
+        [0, 4, 8],
+    ),
+    (
+        "then beyond",
+        CLIP_OF,
+        {"max_frame_ratio": 0.25, "max_ratio": 0.1, "min_tokens": 5},
+        [0, 2, 4, 6, 8],
+    ),
+    ("nothing of each, minimum one", CLIP_OF, {"max_frame_ratio": 0.2}, [0]),
+    ("nothing of each, no minimum", CLIP_OF, {"max_frame_ratio": 0.2, "min_tokens": 0}, []),
+    (
+        "anchors whatever",
+        CLIP_OF,
+        {"max_frame_ratio": 0.25, "anchors": ("br",)},
+        [0, 3, 4, 7, 11],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "rule", "expected"),
+    [c[1:] for c in FRAME_CAPS],
+    ids=[c[0] for c in FRAME_CAPS],
+)
+def test_each_pair_of_frames_may_be_capped(probabilities, rule, expected):
+    importance = torch.tensor(probabilities, dtype=torch.float64).logit().float()
+    rule, sizes = Selection(**rule), [(2, 2)] * 3
+    assert rule(importance, sizes, clip=True).nonzero().flatten().tolist() == expected
+    pictures = replace(rule, max_frame_ratio=None)
+    assert torch.equal(rule(importance, sizes), pictures(importance, sizes, clip=True))
+
+
+def test_the_cap_of_frames_holds_for_clips_alone(tiny):
+    """Beside pictures, which it leaves to `max_ratio`; with that one and a minimum as well."""
+    prompt = prompt_of(tiny, (4, (1, 12, 8), 1, (1, 4, 4), 2, (3, 8, 10, "video"), 6))
+    counts = [28, 20, 20, 20]
+    free, framed, both, fewest = (
+        tiny.prefill(prompt, threshold=threshold, **rule)
+        for threshold, rule in (
+            (0.0, {}),
+            (0.0, {"max_frame_ratio": 0.3}),
+            (0.0, {"max_frame_ratio": 0.3, "max_ratio": 0.2}),
+            (1.0, {"max_frame_ratio": 0.3, "min_tokens": 20}),
+        )
+    )
+    assert bool(free.kept.all())
+    stills, *frames = framed.kept.split(counts)
+    assert bool(stills.all())
+    importance = framed.importance.split(counts)[1:]
+    allowed = [best(own, 6) for own in importance]
+    assert [kept.nonzero().flatten().tolist() for kept in frames] == allowed
+    ranked = sorted((-float(importance[f][i]), f, i) for f in range(3) for i in allowed[f])
+    for prefill, count in ((both, 12), (fewest, 18)):
+        expected = {20 * f + i for _, f, i in ranked[:count]}
+        assert expected <= set(prefill.kept[28:].nonzero().flatten().tolist())
+    assert [int(part.sum()) for part in both.kept.split([28, 60])] == [5, 12]
+    assert [int(part.sum()) for part in fewest.kept.split([28, 60])] == [20, 20]
+
+
+@pytest.mark.parametrize("rule", [{}, {"max_ratio": 0.25}, {"max_ratio": 0.1, "min_tokens": 9}])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].pooled])
+def test_capped_frames_are_the_same_in_a_batch_and_in_a_session(tiny, name, rule):
+    rule = {"max_ratio": 1, "max_frame_ratio": 0.35, **rule}
+    prompts = [prompt_of(tiny, (*parts, 4), seed=seed) for seed, parts in enumerate(MIXED)]
+    masks = [torch.arange(int(prompt.visual.sum())) % 3 == 0 for prompt in prompts]
+    together = tiny.prefill_many(prompts, name, evidence=masks, **rule)
+    parts = together.kept.split(together.batch.visual_counts)
+    for number, (prompt, mask) in enumerate(zip(prompts, masks, strict=True)):
+        alone = tiny.prefill(prompt, name, evidence=[mask], **rule)
+        assert torch.equal(parts[number], alone.kept)
+        end = int(prompt.visual.nonzero().max()) + 2 if len(mask) else 2
+        start = cut(prompt, end, tiny)
+        session = tiny.session(start, name, **rule)
+        asked = session.prefill(prompt.token_ids[end:].tolist(), evidence=mask)
+        assert torch.equal(asked.kept, alone.kept)
+    clip = parts[3].view(3, 12).sum(1)
+    assert int(clip.max()) <= max(int(0.35 * 12), rule.get("min_tokens", 0))
+    assert 0 < int(clip.sum()) < 36
+
+
+def cut(prompt, end, engine):
+    """What a session reads of a prompt."""
+    ids = prompt.token_ids[:end].tolist()
+    return Prompt.from_tokens(ids, prompt.patches, prompt.grids, 0.25, config=engine.config)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_frame_ratio": 1.5}, "max_frame_ratio 1.5 is no share"),
+        ({"max_frame_ratio": -0.1}, "max_frame_ratio -0.1 is no share"),
+        (
+            {"max_frame_ratio": 0.2, "max_ratio": 0.2, "method": "divprune"},
+            "method divprune does not choose over a whole clip.*one of glimpse, random",
+        ),
+        ({"max_frame_ratio": 0.2, "method": "dense"}, "method dense does not choose"),
+        (
+            {"max_frame_ratio": 0.2, "kv_drop": "later"},
+            "0.2 cannot be reached; give a larger share",
+        ),
+    ],
+    ids=str,
+)
+def test_a_cap_of_frames_that_makes_no_sense_is_refused(tiny, options, words):
+    prompt = prompt_of(tiny, (2, CLIP, 3))
+    with pytest.raises(UsageError, match=words) as raised:
+        tiny.prefill(prompt, **options)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UsageError, match=words):
+        tiny.session(cut(prompt, 40, tiny), **options)
+
+
+def test_a_cap_of_frames_counts_what_the_cache_holds(tiny):
+    """Where layers below K keep everything, 4 of 6, the mean over layers is the cap."""
+    prompt = prompt_of(tiny, (2, (3, 8, 10, "video"), 3))
+    prefill = tiny.prefill(prompt, threshold=0.0, max_frame_ratio=0.75, kv_drop="later")
+    assert [int(part.sum()) for part in prefill.kept.split(20)] == [5, 5, 5]
+    assert prefill.budgets.decode_kv_ratio == pytest.approx(0.75)
+
+
 def test_anchors_are_corners_of_every_pair_of_frames(tiny):
     prompt = prompt_of(tiny, (2, (2, 4, 6, "video"), 3))
     prefill = tiny.prefill(prompt, threshold=1.0, min_tokens=0, anchors=["tl", "br"])
@@ -460,6 +598,9 @@ def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano
     data = json.loads(other[1])
     assert data["grids"] == [[1, 4, 6], [2, 4, 6]]
     assert set(range(6, 18)) <= set(data["kept"])
+    options = ("--threshold", 0, "--max-frame-ratio", 0.4)
+    data = json.loads(call(*common, "--video", clip, *options, capsys=capsys)[1])
+    assert [sum(6 * f <= i < 6 * f + 6 for i in data["kept"]) for f in range(3)] == [2, 2, 2]
     fewer = call(*common, "--video", clip, "--fps", 1.4, capsys=capsys)
     assert json.loads(fewer[1])["grids"] == [[2, 4, 6]]
 
@@ -471,6 +612,10 @@ def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano
         (["--video", "film.mp4"], "ffmpeg"),
         (["--video", "clip.webp", "--fps", "0"], "fps 0"),
         (["--video", "clip.webp", "--max-frames", "1"], "max_frames 1"),
+        (
+            ["--video", "clip.webp", "--method", "nothing", "--max-frame-ratio", "0.1"],
+            "method nothing does not choose",
+        ),
     ],
     ids=str,
 )
@@ -505,6 +650,14 @@ def test_a_file_of_questions_may_name_videos(clip, tmp_path, capsys, monkeypatch
     assert call("--batch-file", file, "--fps", 0, "--quiet", capsys=capsys)[0] == 2
     one = nano.ask(Video(clip, max_frames=4), "What?", max_new_tokens=3, prompt_options=SMALL)
     assert lines[0]["tokens"] == one.token_ids
+    options = (*options, "--threshold", 0, "--max-frame-ratio", 0.2)
+    _, out, _ = call("--batch-file", file, *options, capsys=capsys)
+    lines = {line["index"]: line for line in map(json.loads, out.splitlines())}
+    assert lines[0]["settings"]["max_frame_ratio"] == 0.2
+    rule = {"threshold": 0.0, "max_frame_ratio": 0.2}
+    given = {"max_new_tokens": 3, "prompt_options": SMALL}
+    one = nano.ask(Video(clip, max_frames=4), "What?", **rule, **given)
+    assert (lines[0]["tokens"], lines[0]["kept_tokens"]) == (one.token_ids, 2)
 
 
 @pytest.mark.parametrize("method", ["glimpse", "dense"])

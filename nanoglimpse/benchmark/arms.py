@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..cost import Rows, session_prefix, session_question
 from ..engine import Engine
-from ..generate import built_in
 from ..kernels.ops import TORCH
-from ..processor import Prompt, preprocess_image
+from ..processor import Prompt
 from ..session import Session
 from .measuring import Memory, best, now, say
 from .shapes import random_tensors, shape_config, skeleton
+
+QUESTION = "Which number does the diamond show?"
 
 
 class Task:
@@ -28,17 +29,9 @@ class Task:
         self.prompt = self.preprocess()
 
     def preprocess(self) -> Prompt:
-        """The prompt from the picture; where there is no tokenizer, random text."""
-        if self.engine.processor.tokenizer:
-            return self.engine.prompt(self.picture, built_in()[1])
-        config = self.engine.config
-        patches, grid = preprocess_image(self.picture, config=self.engine.processor.pixels)
-        count = grid[1] * grid[2] // config.vision_config.merge_unit
-        text = [5 + i % 90 for i in range(self.args.text)]
-        half = len(text) // 2
-        ids = [*text[:half], config.vision_start_token_id, *[config.image_token_id] * count]
-        ids += [config.vision_end_token_id, *text[half:]]
-        return Prompt.from_tokens(ids, patches, [grid], config=config)
+        """The prompt from the picture."""
+        question = QUESTION if self.engine.processor.tokenizer else self.args.text
+        return self.engine.prompt(self.picture, question)
 
     def begin(self, method: str) -> tuple[Session, Tensor]:
         """A session that has read the picture, and the token ids of the question."""

@@ -18,6 +18,17 @@ from .work import Cost, Work
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+def methods(engine: Engine, args: argparse.Namespace) -> dict[str, str]:
+    """Our arms, and the method of each; what forces a share is a method from here on."""
+    shares = args.retain or ([0.111] if args.shape else [])
+    if not engine.glimpse:
+        return {"dense": "dense"}
+    forced = {method.name: method for method in map(Forced, shares) if method.share_kept < 1}
+    METHODS.update(forced)
+    pruned = {name: name for name in forced} if shares else {"pruned": "glimpse"}
+    return {"dense": "dense", **pruned}
+
+
 class Case:
     """One number of visual tokens and one batch size, with all arms."""
 
@@ -26,13 +37,7 @@ class Case:
         self.task = task = Task(engine, args, visual, batch)
         self.visual = int(task.prompt.visual.sum())
         self.title = f"{self.visual} visual tokens, {len(task.prompt)} rows, batch {batch}"
-        self.arms = {"dense": Ours(task, "dense")}
-        shares = args.retain or ([0.111] if args.shape else [])
-        for method in (Forced(share) for share in shares if share < 1 and engine.glimpse):
-            METHODS[method.name] = method
-            self.arms[method.name] = Ours(task, method.name)
-        if not shares and engine.glimpse:
-            self.arms["pruned"] = Ours(task, "glimpse")
+        self.arms = {name: Ours(task, method) for name, method in methods(engine, args).items()}
         self.peer = peer.at(task) if peer else None
         if self.peer:
             self.arms[f"transformers {peer.version}, SDPA"] = self.peer

@@ -56,15 +56,15 @@ class Memory:
         """Bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.before
-        return peak_resident()
+        return resident("VmHWM")
 
 
-def peak_resident() -> int:
-    """Bytes of the process at most; 0 where the system does not say."""
+def resident(line: str = "VmRSS") -> int:
+    """Bytes of the process, at most if VmHWM; 0 where the system does not say."""
     with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return 1024 * int(line.split()[1])
+        for found in Path("/proc/self/status").read_text().splitlines():
+            if found.startswith(line):
+                return 1024 * int(found.split()[1])
     return 0
 
 

@@ -1,11 +1,12 @@
 """What is timed: the checkpoint named, or an engine of a shape with random weights."""
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ..config import Config, GlimpseConfig, parse_config, read_json
@@ -16,7 +17,7 @@ from ..kernels.ops import Ops, select
 from ..kernels.quantized import check as check_quantized
 from ..methods import Choice, Look
 from ..methods.glimpse import GlimpsePrune
-from ..processor import Processor
+from ..processor import Processor, Prompt, preprocess_image
 from ..vision import VisionEncoder
 from ..weights.checkpoint import fill
 from ..weights.names import parts
@@ -27,13 +28,35 @@ SHAPES = ROOT / "tests" / "configs"
 
 def stored_engine(args: argparse.Namespace) -> Engine:
     """The checkpoint named."""
-    return load(
+    engine = load(
         args.model,
         dtype=args.dtype,
         device=args.device,
         backend=args.backend,
         quantize=args.quantize,
     )
+    if not engine.processor.tokenizer:
+        engine.processor = Untokenized(engine.processor.folder, engine.config)
+    return engine
+
+
+class Untokenized(Processor):
+    """Where there is no tokenizer: questions are numbers of text tokens, answers have no text."""
+
+    def prompt(self, images: Image.Image, question: int) -> Prompt:
+        """A picture in the middle of so many tokens."""
+        config = self.config
+        patches, grid = preprocess_image(images, config=self.pixels)
+        count = grid[1] * grid[2] // config.vision_config.merge_unit
+        text = [5 + i % 90 for i in range(question)]
+        half = len(text) // 2
+        ids = [*text[:half], config.vision_start_token_id, *[config.image_token_id] * count]
+        ids += [config.vision_end_token_id, *text[half:]]
+        return Prompt.from_tokens(ids, patches, [grid], config=config)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Nothing."""
+        return ""
 
 
 def shape_config(args: argparse.Namespace) -> dict:
@@ -90,10 +113,10 @@ def random_engine(args: argparse.Namespace, quantize: str | None) -> Engine:
     vision.pack(ops)
     decoder.pack(ops)
     glimpse = random_glimpse(config, ops, device, dtype)
-    processor = Processor(SHAPES, config)
-    return Engine(
-        args.shape, config, vision, decoder, glimpse, processor, frozenset(), ops, quantize
-    )
+    # Answers that may end do so at different places, half of them before half of their room.
+    eos = frozenset(range(0, config.text_config.vocab_size, max(args.new // 2, 2)))
+    processor = Untokenized(SHAPES, config)
+    return Engine(args.shape, config, vision, decoder, glimpse, processor, eos, ops, quantize)
 
 
 def random_glimpse(config: Config, ops: Ops, device: torch.device, dtype: torch.dtype) -> Glimpse:

@@ -88,7 +88,7 @@ class Look:
         kept = ~self.batch.prunable
         for pool, sizes in enumerate(self.batch.pool_sizes):
             own = self.batch.pools == pool
-            kept[own] = rule(importance[own], sizes)
+            kept[own] = rule(importance[own], sizes, pool in self.batch.clips)
         return kept
 
     def per_image(self, pick: Callable[[slice, int], Tensor]) -> Tensor:
@@ -165,6 +165,7 @@ class Method:
         name: to choose it by.
         about: a line: what it is, where it acts, its source.
         capped: it keeps the best of what `max_ratio` allows, and so needs one.
+        pooled: it chooses once, by `Look.by_rule`, so that `max_frame_ratio` can hold.
         needs_hidden: it looks at `Look.hidden`. If not, it looks inside the last layer before a
             stop, which only what it keeps goes through to the end: exact, and nearly a layer less.
     """
@@ -172,6 +173,7 @@ class Method:
     name: str
     about: str
     capped: bool = True
+    pooled: bool = False
     needs_hidden: bool = True
 
     def stops(self, engine: "Engine") -> Sequence[int]:
@@ -210,7 +212,7 @@ class Method:
         if share <= 0:
             raise UsageError(
                 f"method {self.name} leaves the cache of {first} of {depth} layers alone, so that "
-                f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
+                f"{ratio:g} cannot be reached; give a larger share, or kv_drop all"
             )
         return share
 
@@ -227,6 +229,7 @@ class AttentionMethod(Method):
     about: str
     layers: int | None = None
     capped: bool = field(default=True, init=False)
+    pooled: bool = field(default=True, init=False)
     needs_hidden: bool = field(default=False, init=False)
 
     def stops(self, engine: "Engine") -> Sequence[int]:

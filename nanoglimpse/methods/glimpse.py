@@ -18,6 +18,7 @@ class GlimpsePrune(Method):
     name = "glimpse"
     about = "GlimpsePrune, arXiv 2508.01548: after K layers keeps what the question needs"
     capped = False
+    pooled = True
     needs_hidden = False
 
     def stops(self, engine: "Engine") -> Sequence[int]:

@@ -16,6 +16,7 @@ class Random(Method):
 
     name = "random"
     about = "random tokens after K = ⌈2L/3⌉ layers; a baseline"
+    pooled = True
     needs_hidden = False
 
     def stops(self, engine: "Engine") -> Sequence[int]:
