@@ -89,11 +89,16 @@ def load(
     return Engine(str(model), config, vision, decoder, extra, processor, eos, ops, quantize)
 
 
-def find_method(name: str, max_ratio: float | None, max_frame_ratio: float | None = None) -> Method:
+def find_method(
+    name: str,
+    max_ratio: float | None,
+    max_frame_ratio: float | None = None,
+    anchors: Sequence[str] | None = None,
+) -> Method:
     """The pruning method of this name.
 
     Raises:
-        UsageError: there is none, it needs a cap, or it cannot keep one.
+        UsageError: there is none, it needs a cap, or it has no place for a part of the rule.
     """
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
@@ -103,11 +108,13 @@ def find_method(name: str, max_ratio: float | None, max_frame_ratio: float | Non
             f"method {name} keeps a share of the visual tokens that it has to be told; give "
             "max_ratio (--max-ratio), for example 0.111"
         )
-    if max_frame_ratio is not None and not method.pooled:
+    wanted = {"max_frame_ratio (--max-frame-ratio)": max_frame_ratio, "anchors": anchors or None}
+    given = " and ".join(option for option, value in wanted.items() if value is not None)
+    if given and not method.pooled:
         pooled = ", ".join(one for one in METHODS if METHODS[one].pooled)
         raise UsageError(
-            f"method {name} does not choose over a whole clip, so that max_frame_ratio "
-            f"(--max-frame-ratio) has no meaning; leave it out, or choose one of {pooled}"
+            f"method {name} does not choose once over whole pictures and clips, so that {given} "
+            f"would have no meaning; leave that out, or choose one of {pooled}"
         )
     return method
 
@@ -357,7 +364,9 @@ class Engine:
         """What `prefill_many` does with these arguments."""
         if kv_drop not in KV_DROPS:
             raise UsageError(f"unknown kv_drop '{kv_drop}'; choose one of {', '.join(KV_DROPS)}")
-        pruner = self._method(method, max_ratio, max_frame_ratio)
+        pruner = self._method(method, max_ratio, max_frame_ratio, anchors)
+        if not pruner.pooled:
+            anchors = ()  # what the glimpse weights say of corners is not for it
         caps = (
             pruner.share(self, cap, kv_drop) if cap is not None and pruner.stops(self) else cap
             for cap in (max_ratio, max_frame_ratio)
@@ -389,10 +398,14 @@ class Engine:
         )
 
     def _method(
-        self, name: str | None, max_ratio: float | None, max_frame_ratio: float | None
+        self,
+        name: str | None,
+        max_ratio: float | None,
+        max_frame_ratio: float | None,
+        anchors: Sequence[str] | None,
     ) -> Method:
         name = name or ("glimpse" if self.glimpse else "dense")
-        method = find_method(name, max_ratio, max_frame_ratio)
+        method = find_method(name, max_ratio, max_frame_ratio, anchors)
         if method.name == "glimpse" and not self.glimpse:
             raise UsageError(
                 f"method glimpse needs glimpse weights, and {self.name} has none beside it; name "

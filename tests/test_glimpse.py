@@ -131,6 +131,17 @@ def test_selection_pools_images_and_anchors_each():
     assert kept.nonzero().flatten().tolist() == [0, 3, 4, 9]
 
 
+@pytest.mark.parametrize("method", ["pdrop", "vscan"])
+def test_corners_of_the_weights_are_not_for_methods_that_look_again(tiny_folder, tmp_path, method):
+    write_glimpse(tmp_path, tiny_folder, anchor_positions=["br"])
+    engine = load(tiny_folder, glimpse=tmp_path, dtype="float32", device="cpu")
+    prompt = prompt_of(engine, 5, (1, 12, 18), 7)
+    plain = load(tiny_folder, dtype="float32", device="cpu")
+    kept = engine.prefill(prompt, method, max_ratio=0.3).kept
+    assert torch.equal(kept, plain.prefill(prompt, method, max_ratio=0.3).kept)
+    assert bool(engine.prefill(prompt, "random", max_ratio=0.1).kept[-1])
+
+
 def test_selection_of_nothing():
     assert Selection(max_ratio=0.5)(torch.empty(0), []).shape == (0,)
 

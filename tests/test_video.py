@@ -464,9 +464,13 @@ def cut(prompt, end, engine):
         ({"max_frame_ratio": -0.1}, "max_frame_ratio -0.1 is no share"),
         (
             {"max_frame_ratio": 0.2, "max_ratio": 0.2, "method": "divprune"},
-            "method divprune does not choose over a whole clip.*one of glimpse, random",
+            "method divprune does not choose once.*one of glimpse, random",
         ),
         ({"max_frame_ratio": 0.2, "method": "dense"}, "method dense does not choose"),
+        (
+            {"anchors": ["br"], "max_ratio": 0.2, "method": "pdrop"},
+            "method pdrop does not choose once.*so that anchors would",
+        ),
         (
             {"max_frame_ratio": 0.2, "kv_drop": "later"},
             "0.2 cannot be reached; give a larger share",
@@ -474,7 +478,7 @@ def cut(prompt, end, engine):
     ],
     ids=str,
 )
-def test_a_cap_of_frames_that_makes_no_sense_is_refused(tiny, options, words):
+def test_a_part_of_the_rule_that_makes_no_sense_is_refused(tiny, options, words):
     prompt = prompt_of(tiny, (2, CLIP, 3))
     with pytest.raises(UsageError, match=words) as raised:
         tiny.prefill(prompt, **options)
