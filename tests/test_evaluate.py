@@ -42,6 +42,15 @@ def test_questions_are_fixed_and_of_all_kinds(domain):
     assert first == [item.name for item in items[:10]]
 
 
+def test_questions_of_some_kinds():
+    world = World(HELDOUT, ["scene"], 12, ["number", "exists", "bar"])
+    items = list(world.items(True))
+    assert {item.kind for item in items} == {"number", "exists"}
+    assert (len(items), world.total) == (12, 12)
+    assert world.identity != World(HELDOUT, ["scene"], 12).identity
+    assert main([*ARGUMENTS, "--kinds", "bar"]) == 2
+
+
 def test_brief_questions_are_the_same_questions():
     free, brief = (list(questions(HELDOUT, "scene", 6, form)) for form in (False, True))
     for one, other in zip(free, brief, strict=True):

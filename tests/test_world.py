@@ -467,6 +467,10 @@ def test_command_limits_questions_and_shows_progress(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("2 of 2 pictures\n")
     assert len((tmp_path / "questions.jsonl").read_text().splitlines()) == 4
     assert "2000000" in (tmp_path / "questions.jsonl").read_text()
+    options = ["--count", "2", "--kinds", "count", "color", "--domain", "scene"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "questions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["kind"] for line in lines} == {"count", "color"}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from ..generate import Parser, Progress
 from ..methods import METHODS
 from ..reading import KV_DROPS
 from ..weights import locate
-from ..world import DOMAINS, SPLITS
+from ..world import DOMAINS, QUESTION_KINDS, SPLITS
 from .answers import MAX_NEW_TOKENS, Lot, answer, batches, thumbnail
 from .arms import Arm, check, combine
 from .figures import SCORES, best_score, read_runs, runs_of
@@ -235,7 +235,10 @@ def _source(args: argparse.Namespace) -> Source:
         raise UsageError(f"--batch {args.batch} must be at least 1")
     if args.data == ["world"]:
         seed = SPLITS[args.split].start if args.seed is None else args.seed
-        return World(seed, args.domains, WORLD_COUNT if args.count is None else args.count)
+        count = WORLD_COUNT if args.count is None else args.count
+        return World(seed, args.domains, count, args.kinds)
+    if args.kinds:
+        raise UsageError("--kinds are of the world's questions; files have none")
     return Files([Path(path) for path in args.data], args.images, args.count)
 
 
@@ -327,6 +330,8 @@ def _parser() -> Parser:
     seed.add_argument("--split", choices=tuple(SPLITS), default="heldout", help="of the world")
     seed.add_argument("--seed", type=int, help="of the world, instead of a split's first")
     add("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="of the world (all)")
+    kinds = [kind for domain in DOMAINS for kind in QUESTION_KINDS[domain]]
+    add("--kinds", nargs="+", choices=kinds, help="of the world's questions (all)")
     add("--count", type=int, help=f"of each group (default: {WORLD_COUNT} of a domain, all else)")
     add("--methods", nargs="+", default=["dense", "glimpse"], metavar="METHOD", help=_names())
     add("--ratios", nargs="+", default=["none"], metavar="RATIO", help="caps; none for no cap")

@@ -15,7 +15,7 @@ from ..processor import load_picture
 from ..train.base import asked
 from ..train.data import lines_of, plain_row
 from ..train.examples import Asked, Box
-from ..world import BRIEF_SUFFIX, SPLITS, render
+from ..world import BRIEF_SUFFIX, QUESTION_KINDS, SPLITS, render
 from ..world.__main__ import REQUEST
 
 PER_PICTURE = 4
@@ -79,24 +79,35 @@ class Source(Protocol):
 
 
 class World:
-    """The synthetic world: so many questions of each domain."""
+    """The synthetic world: so many questions of each domain, of all kinds if None are named."""
 
-    def __init__(self, seed: int, domains: Sequence[str], count: int):
+    def __init__(
+        self, seed: int, domains: Sequence[str], count: int, kinds: Sequence[str] | None = None
+    ):
         self.seed, self.groups, self.count, self.missing = seed, list(domains), count, []
+        self.kinds = kinds and sorted(kinds)
         self.total, self.identity = count * len(domains), {"world": seed}
+        if kinds:
+            self.identity["kinds"] = self.kinds
+            for domain in domains:
+                if not set(kinds) & set(QUESTION_KINDS[domain]):
+                    known = ", ".join(QUESTION_KINDS[domain])
+                    raise UsageError(f"domain {domain} has no such kinds; it has {known}")
 
     def items(self, brief: bool) -> Iterator[Item]:
         """Domain after domain."""
         for domain in self.groups:
-            yield from questions(self.seed, domain, self.count, brief)
+            yield from questions(self.seed, domain, self.count, brief, self.kinds)
 
 
-def questions(seed: int, domain: str, count: int, brief: bool) -> Iterator[Item]:
+def questions(
+    seed: int, domain: str, count: int, brief: bool, only: Sequence[str] | None = None
+) -> Iterator[Item]:
     """The first `count` questions of a seed of the world, a few a picture, kinds drawn evenly."""
     split, number, index = _world_name(seed), 0, 0
     while number < count:
         picture, rng = render(seed, index, domain=domain), random.Random(f"questions {index}")
-        kinds = sorted({question.kind for question in picture.questions})
+        kinds = sorted({q.kind for q in picture.questions if not only or q.kind in only})
         for kind in rng.sample(kinds, min(PER_PICTURE, len(kinds), count - number)):
             question = rng.choice([q for q in picture.questions if q.kind == kind])
             name = f"{split} {domain} {index} {kind}"

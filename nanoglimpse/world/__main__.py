@@ -9,6 +9,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..errors import NanoglimpseError, UsageError
 from ..files import write_whole
 from ..generate import Parser
-from .model import DOMAINS, SPLITS, Box, Picture, Question
+from .model import DOMAINS, QUESTION_KINDS, SPLITS, Box, Picture, Question
 from .picture import render
 
 LEAST_SIDE = 168
@@ -43,6 +44,8 @@ def parser() -> Parser:
     seed.add_argument("--split", choices=SPLITS, default="heldout", help="(default: heldout)")
     p.add_argument("--domain", choices=DOMAINS, help="(default: all)")
     p.add_argument("--canvas", type=_canvas, help="448 or 448x336 (default: various)")
+    kinds = [kind for domain in DOMAINS for kind in QUESTION_KINDS[domain]]
+    p.add_argument("--kinds", nargs="+", choices=kinds, help="of question (default: all)")
     p.add_argument(
         "--questions", type=_positive, metavar="N", help="per picture at most (default: all)"
     )
@@ -96,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
             domain=args.domain,
             canvas=args.canvas,
         )
+        if args.kinds:
+            own = tuple(q for q in picture.questions if q.kind in args.kinds)
+            picture = replace(picture, questions=own)
         name, asked = file_name(picture), picture.questions[: args.questions]
         write_whole(out / name, _png(picture.image))
         plain += [plain_record(picture, question) for question in asked]
