@@ -10,7 +10,6 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from nanoglimpse import Prompt, load
 from nanoglimpse.cache import Cache
 from nanoglimpse.rope import mrope
-from nanoglimpse.weights import EMBEDDED
 
 from .tiny import chat_ids, config_dict, patches_of, write_checkpoint
 
@@ -181,40 +180,3 @@ def test_video_frames_attend_inside_themselves(pair):
         alone = torch.cat([engine.vision(part, [(1, 6, 10)])[0] for part in patches.split(60)])
     close(ours, theirs)
     close(ours, alone)
-
-
-@pytest.fixture(scope="module")
-def hf_nano():
-    folder = EMBEDDED["nano"]
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-EXAMPLES = [
-    json.loads(line)
-    for line in (EMBEDDED["nano"] / "examples" / "questions.jsonl").read_text().splitlines()
-]
-
-
-@pytest.mark.parametrize("number", range(0, len(EXAMPLES), 12))
-def test_the_trained_checkpoint_says_what_it_says_in_transformers(nano, hf_nano, number):
-    example = EXAMPLES[number]
-    picture = EMBEDDED["nano"] / "examples" / example["image"]
-    prompt = nano.prompt(picture, example["question"])
-    inputs = hf_inputs(prompt, nano.config)
-    prefill = nano.prefill(prompt, method="dense")
-    with torch.no_grad():
-        close(prefill.logits, hf_nano(**inputs).logits[0, -1])
-    theirs = hf_nano.generate(**inputs, max_new_tokens=32, do_sample=False, eos_token_id=None)
-    assert list(nano.decode(prefill, 32, ignore_eos=True)) == theirs[0, len(prompt) :].tolist()
-
-
-def test_the_examples_answers(nano):
-    """All of them, dense as in transformers, pruned as in an independent implementation."""
-    for example in EXAMPLES:
-        picture = EMBEDDED["nano"] / "examples" / example["image"]
-        dense = nano.ask(picture, example["question"], method="dense")
-        pruned = nano.ask(picture, example["question"], method="glimpse")
-        assert dense.text == example["model_answer"], example
-        assert pruned.text == example["pruned_answer"], example
-        assert int(pruned.kept.sum()) == example["kept"], example
-        assert len(pruned.kept) == example["visual_tokens"], example

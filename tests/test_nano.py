@@ -1,0 +1,93 @@
+"""The embedded checkpoint does what its model card says, on slices of the held-out split."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from nanoglimpse import load
+from nanoglimpse.evaluate.answers import Lot, answer, batches
+from nanoglimpse.evaluate.arms import Arm
+from nanoglimpse.evaluate.questions import questions
+from nanoglimpse.evaluate.scores import contains
+from nanoglimpse.weights import EMBEDDED, read_tensors
+from nanoglimpse.world import SPLITS, render
+
+from . import reference
+from .test_parity import close, hf_inputs
+
+FOLDER = EMBEDDED["nano"]
+HELDOUT = SPLITS["heldout"].start
+KINDS = ("number", "color", "shape", "exists", "count")  # of what it has learned
+
+
+@pytest.fixture(scope="module")
+def hf_nano():
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("brief", [False, True], ids=["free", "brief"])
+def test_transformers_says_the_same(nano, hf_nano, brief):
+    """Greedy tokens of 50 held-out questions, beyond the answers' ends; logits of every fifth."""
+    for item in questions(HELDOUT, "scene", 25, brief, KINDS):
+        prompt = nano.prompt(item.picture, item.asked.question)
+        inputs = hf_inputs(prompt, nano.config)
+        prefill = nano.prefill(prompt, "dense", max_new_tokens=24)
+        if item.number % 5 == 0:
+            with torch.no_grad():
+                close(prefill.logits, hf_nano(**inputs).logits[0, -1])
+        theirs = hf_nano.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=None)
+        ours = list(nano.decode(prefill, 24, ignore_eos=True))
+        assert ours == theirs[0, len(prompt) :].tolist(), item.name
+
+
+def test_pruned_as_a_second_implementation_prunes(hf_nano):
+    """Kept tokens and the whole pruned answer."""
+    engine = load("nano", dtype="float32", device="cpu", backend="torch")
+    glimpse = FOLDER / "glimpse"
+    config, (_, tensors) = json.loads((glimpse / "config.json").read_text()), read_tensors(glimpse)
+    for item in questions(HELDOUT, "scene", 6, False, KINDS):
+        prompt = engine.prompt(item.picture, item.asked.question)
+        ours = engine.prefill(prompt, max_new_tokens=16)
+        inputs = (prompt.token_ids, prompt.patches, prompt.grids)
+        theirs = reference.run(hf_nano, tensors, config, *inputs, new_tokens=16)
+        assert torch.equal(ours.kept, theirs.kept)
+        assert list(engine.decode(ours, 16, ignore_eos=True)) == theirs.tokens
+
+
+def stated(row: str) -> float:
+    """What the model card says of the slice, in percent."""
+    card = (FOLDER / "README.md").read_text()
+    (figure,) = re.findall(rf"^\| {row}, first 200 \| ([\d.]+)", card, re.MULTILINE)
+    return float(figure)
+
+
+@pytest.mark.parametrize("method", ["dense", "glimpse"])
+def test_the_card_is_right(nano, method):
+    """Accuracy on the first 200 held-out questions, to one question."""
+    items = questions(HELDOUT, "scene", 200, False, KINDS)
+    rows = [row for some in batches(items, 8) for row in answer(Lot(nano, some), Arm(method))]
+    assert abs(sum(row["contains"] for row in rows) / 2 - stated(method)) <= 0.5
+
+
+def test_the_answer_is_in_the_boxes_and_nowhere_else(nano):
+    """With all else grey the number is still read; with the boxes grey it is not."""
+    right = {"whole": 0, "inside": 0, "outside": 0}
+    asked = 0
+    for index in range(40):
+        picture = render(HELDOUT, index, domain="scene", canvas=(336, 336))
+        for question in [q for q in picture.questions if q.kind == "number"][:1]:
+            box = tuple(round(side * 336) for side in question.boxes[0])
+            grey = Image.new("RGB", picture.image.size, (128, 128, 128))
+            inside, outside = grey.copy(), picture.image.copy()
+            inside.paste(picture.image.crop(box), box[:2])
+            outside.paste(grey.crop(box), box[:2])
+            views = {"whole": picture.image, "inside": inside, "outside": outside}
+            for name, view in views.items():
+                right[name] += contains(nano.ask(view, question.text).text, question.short)
+            asked += 1
+    assert right["inside"] >= 0.9 * right["whole"] > 0.6 * asked
+    assert right["outside"] <= 0.05 * asked
