@@ -348,8 +348,8 @@ class BaseTask:
 def look_loss(logits: Tensor, evidence: Tensor, located: Tensor) -> Tensor:
     """How far attention is from the evidence: -log of the share that it gets, mean over heads.
 
-    Language alone teaches it slowly, if at all: the row that gives a value looked evenly at all things
-    after thousands of steps, although each was found by the text printed on it.
+    Language alone teaches it slowly, if at all: after thousands of steps the row that gives a
+    number looked evenly at all things, although each was found by the text printed on it.
 
     Args:
         logits: of the visual tokens of each question, [Q, N, HQ].
