@@ -14,16 +14,19 @@ from nanoglimpse.evaluate.page import dropped, page
 from nanoglimpse.evaluate.store import Results
 from nanoglimpse.evaluate.tables import (
     as_csv,
+    by_cap,
     by_category,
     by_cost,
     by_form,
     by_group,
+    by_kind,
     by_layer,
     document,
     overview,
     progress_table,
 )
 
+FORMS = ("free-form", "brief")
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
@@ -70,6 +73,42 @@ def results_of(rows):
 def table(text):
     head, _, *rest = text.splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (head, *rest)]
+
+
+def test_methods_against_caps_in_both_forms():
+    rows = [
+        result(0, "dense", contains=True),
+        result(0, "dense", brief=True, contains=False),
+        result(0, "glimpse", contains=False),
+        *(result(n, "glimpse", 0.05, contains=n == 0) for n in range(4)),
+        result(0, "glimpse", 0.111, brief=True, contains=True),
+        result(0, "fastv", 0.111, contains=False, arm="fastv 0.111 later", kv_drop="later"),
+    ]
+    assert table(by_cap(runs_of(results_of(rows)), "contains")) == [
+        ["method", *(f"{c} {f}" for c in ("no cap", "11.1%", "5.0%") for f in FORMS)],
+        ["dense", "1.000", "0.000", "", "", "", ""],
+        ["glimpse", "0.000", "", "", "1.000", "0.250", ""],
+        ["fastv later", "", "", "0.000", "", "", ""],
+    ]
+    assert by_cap(runs_of(results_of(rows[:3])), "contains") == ""
+    free = [row for row in rows if not row["brief"]]
+    head = table(by_cap(runs_of(results_of(free)), "contains"))[0]
+    assert head == ["method", "no cap", "11.1%", "5.0%"]
+
+
+def test_kinds_of_questions():
+    rows = [
+        result(0, kind="number", contains=True),
+        result(1, kind="count", contains=True),
+        result(2, kind="count", contains=False),
+        result(0, "dense", kind="number", contains=False),
+    ]
+    assert table(by_kind(runs_of(results_of(rows)), "contains")) == [
+        ["run", "number", "count"],
+        ["glimpse", "1.000", "0.500"],
+        ["dense", "0.000", ""],
+    ]
+    assert by_kind(runs_of(results_of(rows[:1])), "contains") == ""
 
 
 def test_figures_by_hand():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nanoglimpse.train.base import (
     BaseTask,
     Draw,
     Stage,
+    ask,
     asked,
     look_loss,
     write_folder,
@@ -556,6 +558,30 @@ def test_a_base_run_of_some_domains(tmp_path):
     charts = [draw for draw in first.draws if draw.domain == "chart"]
     assert lines[0]["samples"] in {first.pictures(canvas) for canvas in charts[0].canvases}
     assert set(lines[-1]["heldout"]) == {"chart", "chart brief"}
+
+
+def test_a_base_run_begins_with_another(tmp_path, capsys):
+    """With its weights and tokenizer, and behind the single objects."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_folder(first, SHAPE, 0, pictures=40)
+    options = ["--steps", "1", "--domains", "scene", "--dtype", "float32", "--device", "cpu"]
+    assert main(["base", str(first), *options, "--lr", "1e-3"]) == 0
+    init = ["base", str(second), *options, "--init", str(first)]
+    assert main([*init, "--lr", "0"]) == 0
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
+    samples = json.loads((second / "log.jsonl").read_text().splitlines()[0])["samples"]
+    assert samples == CURRICULUM[1].pictures((112, 112)) != CURRICULUM[0].pictures((112, 112))
+    assert main(["base", str(tmp_path / "third"), *options, "--init", str(tmp_path / "no")]) == 1
+    assert "no is not a run to begin from" in capsys.readouterr().err
+
+
+def test_kinds_that_are_not_learned_are_not_asked():
+    questions = render(0, 0, domain="scene", canvas=(448, 448), things=(6, 6)).questions
+    assert {"left", "above"} < {q.kind for q in questions}
+    texts = {q.text: q.kind for q in questions}
+    kinds = {texts[a.question] for a in ask(questions, 60, random.Random(0), False)}
+    assert kinds == {"number", "color", "shape", "exists", "count"}
 
 
 def test_questions_are_put_free_form_and_brief():

@@ -298,7 +298,7 @@ def report(arguments: Sequence[str]) -> int:
 def _notes(path: Path, results: Results) -> list[str]:
     """What a reader has to know of a file."""
     o = results.options
-    data = ", ".join(f"{name} {what}" for name, what in o.get("data", {}).items())
+    data = ", ".join(f"{name} {_listed(what)}" for name, what in o.get("data", {}).items())
     notes = [f"{path.name}: {o.get('model')}, {o.get('dtype')}, {data}."]
     if results.missing:
         notes.append(f"{path.name}: {_lost(results.missing)}.")
@@ -310,6 +310,10 @@ def _notes(path: Path, results: Results) -> list[str]:
             "verdicts held no score and count as 0."
         )
     return notes
+
+
+def _listed(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _parser() -> Parser:

@@ -96,6 +96,44 @@ def by_form(runs: Sequence[Run], score: str) -> str:
     return markdown(lines)
 
 
+def by_cap(runs: Sequence[Run], score: str) -> str:
+    """Methods against caps, free-form and brief prompts side by side; empty with a single cap."""
+    caps = sorted({run.ratio for run in runs}, key=lambda cap: (cap is not None, -(cap or 0.0)))
+    if len(caps) < 2:
+        return ""
+    forms = sorted({run.brief for run in runs})
+    places = {(run.ratio, run.brief, _whose(run)): run.get(score) for run in runs}
+    titles = ["no cap" if cap is None else f"{cap:.1%}" for cap in caps]
+    if len(forms) > 1:
+        titles = [f"{title} {form}" for title in titles for form in ("free-form", "brief")]
+    lines = [["method", *titles]]
+    for name in dict.fromkeys(map(_whose, runs)):
+        figures = [places.get((cap, brief, name)) for cap in caps for brief in forms]
+        lines.append([name, *(show(figure, MEASURES[score]) for figure in figures)])
+    return markdown(lines)
+
+
+def _whose(run: Run) -> str:
+    """The label of a run without its cap."""
+    return run.label if run.ratio is None else run.label.replace(f" {run.ratio:g}", "", 1)
+
+
+def by_kind(runs: Sequence[Run], score: str) -> str:
+    """A line for every run, by kind of question; empty where all are of one."""
+    kinds = list(dict.fromkeys(row.get("kind", "") for run in runs for row in run.rows))
+    if len(kinds) < 2:
+        return ""
+    measure, lines = MEASURES[score], [["run", *kinds]]
+    for run in runs:
+        pairs = {kind: [] for kind in kinds}
+        for row in run.rows:
+            pairs[row.get("kind", "")].append(measure.of(row) or (0.0, 0.0))
+        sums = [[sum(column) for column in zip(*own, strict=True)] for own in pairs.values()]
+        shown = [f"{total[0] / total[1]:.3f}" if total and total[1] else "" for total in sums]
+        lines.append([run.name, *shown])
+    return markdown(lines)
+
+
 def by_group(runs: Sequence[Run], score: str) -> str:
     """Table 2: groups and their average, a block for every cap, what was kept below the score."""
     groups = list(dict.fromkeys(group for run in runs for group in run.groups))
@@ -177,8 +215,10 @@ def by_cost(runs: Sequence[Run], score: str) -> str:
 
 
 SECTIONS: dict[str, Callable[[Sequence[Run], str], str]] = {
+    "Caps": by_cap,
     "Free-form and brief prompts (the shape of Table 1)": by_form,
     "Groups (Table 2)": by_group,
+    "Kinds of questions": by_kind,
     "Categories (Table 5)": by_category,
     "Pruning layer (Table 6)": by_layer,
     "Efficiency (Table 7)": by_cost,

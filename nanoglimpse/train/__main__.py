@@ -13,7 +13,7 @@ from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import load
 from ..errors import NanoglimpseError, UsageError
 from ..world import DOMAINS
-from .base import CURRICULUM, BaseTask, write_folder
+from .base import CURRICULUM, BaseTask, copy_folder, write_folder
 from .branches import OPS
 from .data import File, World, domains_of
 from .glimpse import GlimpseTask, Losses
@@ -59,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
     base.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
+    )
+    base.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN",
+        help="begin with the weights and the tokenizer of this run, behind the first stage",
     )
     base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
@@ -159,8 +165,10 @@ def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
     if not (args.folder / "config.json").exists():
-        shape = read_json(args.shape) if args.shape else NANO
-        write_folder(args.folder, shape, args.seed)
+        if args.init:
+            copy_folder(args.init, args.folder)
+        else:
+            write_folder(args.folder, read_json(args.shape) if args.shape else NANO, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
     stages = [
         replace(
@@ -168,16 +176,16 @@ def _base(args: argparse.Namespace) -> int:
             work=args.scale * stage.work,
             draws=tuple(draw for draw in stage.draws if draw.domain in args.domains),
         )
-        for stage in CURRICULUM
+        for stage in CURRICULUM[bool(args.init) :]
     ]
     stages = [stage for stage in stages if stage.draws]
     task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
-    return _run(task, args)
+    return _run(task, args, args.init)
 
 
-def _run(task: Task, args: argparse.Namespace) -> int:
+def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
     same = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    finished = train(task, _recipe(args), args.folder, same=same, said=_say)
+    finished = train(task, _recipe(args), args.folder, same=same, said=_say, init=init)
     _say(f"{'written to' if finished else 'stopped; the same command goes on from'} {args.folder}")
     return 0 if finished else 130
 

@@ -172,19 +172,27 @@ class Stop:
 
 
 def train(
-    task: Task, recipe: Recipe, folder: Path, *, same: dict, said: Callable[[str], None]
+    task: Task,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    same: dict,
+    said: Callable[[str], None],
+    init: Path | None = None,
 ) -> bool:
     """Trains up to `recipe.steps`, from where the state in `folder` ends.
 
     Args:
         same: what, beside the weights' shapes, must be equal for a run to go on.
         said: takes lines for the user.
+        init: folder of the run whose weights a new one begins with.
 
     Returns:
         whether all steps are done; False after Ctrl-C, with the state saved.
 
     Raises:
-        NanoglimpseError: the state in `folder` belongs to another run, or cannot be written.
+        NanoglimpseError: the state in `folder` belongs to another run, or cannot be written; or
+            `init` has none.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,7 +200,11 @@ def train(
         raise NanoglimpseError(f"{folder} cannot be written to: {error}") from None
     workers, masters = Workers(), Masters(task.module)
     optim = optimiser(masters, recipe)
-    first = _restore(folder / STATE, same, masters, optim)
+    first = 0
+    if (folder / STATE).exists():
+        first = _restore(folder / STATE, same, masters, optim)
+    elif init:
+        _take(init / STATE, masters)
     masters.publish()
     leads = workers.rank == 0
     log = Log(folder / LOG, first, recipe, said if leads else None)
@@ -277,26 +289,31 @@ def _save(path: Path, step: int, same: dict, masters: Masters, optim: torch.opti
 
 
 def _restore(path: Path, same: dict, masters: Masters, optim: torch.optim.AdamW) -> int:
-    """Takes over the state in `path`, where there is one; returns the steps done."""
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step, parameters, _ = state["step"], state["parameters"], state["same"]
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise NanoglimpseError(f"{path} cannot be resumed from: {reason}") from None
+    """Takes over the state in `path`; returns the steps done."""
+    state = _take(path, masters)
     if state["same"] != same:
         raise NanoglimpseError(
             f"{path} is of a run with other options; repeat them, or take another folder"
         )
-    if [p.shape for p in parameters] != [p.shape for p in masters.full]:
+    optim.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def _take(path: Path, masters: Masters) -> dict:
+    """Takes over the weights of the state in `path`; returns the state."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = [p.shape for p in state["parameters"]]
+        _ = state["step"], state["same"]
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise NanoglimpseError(f"{path} cannot be resumed from: {reason}") from None
+    if shapes != [p.shape for p in masters.full]:
         raise NanoglimpseError(f"{path} is of another model; take another folder")
     with torch.no_grad():
-        for master, value in zip(masters.full, parameters, strict=True):
+        for master, value in zip(masters.full, state["parameters"], strict=True):
             master.copy_(value)
-    optim.load_state_dict(state["optimizer"])
-    return step
+    return state
 
 
 class Log:
