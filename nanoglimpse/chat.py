@@ -24,7 +24,7 @@ from .session import Session
 HELP = """A line is a question, or one of
 /overlay FILE  write a picture of what the last answer kept
 /image FILE    add a picture
-/save FILE     write pictures and conversation, for engine.load_session(FILE)
+/save FILE     write pictures and conversation, for --session FILE
 /alone         ask each question by itself; again, in the conversation
 /reset         forget the conversation, keep the pictures
 /stats         what the last answer cost, and what is held
@@ -39,7 +39,7 @@ class Chat:
 
     Attributes:
         session: of the pictures.
-        images: their names.
+        images: their names; None for those of a saved session.
         options: of `Session.stream`.
         note: writes a line that nobody has asked for.
         report: the statistics of an answer, a line each.
@@ -52,15 +52,15 @@ class Chat:
     def __init__(
         self,
         session: Session,
-        images: list[str],
+        images: list[str | None],
         options: dict[str, Any],
         note: Callable[[str], None],
         report: Callable[[Answer], list[str]],
-        as_dict: Callable[[str, list[str], Answer], dict] | None = None,
+        as_dict: Callable[[str, list[str | None], Answer], dict] | None = None,
     ):
         self.session, self.images, self.options = session, list(images), options
         self.note, self.report, self.as_dict = note, report, as_dict
-        self.last: tuple[list[str], str, Answer] | None = None
+        self.last: tuple[list[str | None], str, Answer] | None = None
         self.follow_up = True
         self.commands = {
             "/overlay": self.overlay,
@@ -139,6 +139,8 @@ class Chat:
             raise UsageError("/overlay needs the name of a file to write")
         if self.last is None:
             raise UsageError("there is no answer yet that an overlay could show")
+        if None in self.last[0]:
+            raise UsageError("a saved session holds no pixels that an overlay could show")
         path = Path(name).expanduser()
         check_writable(path, "overlay")
         save_overlay(path, *self.last, self.session.engine.config)

@@ -64,6 +64,11 @@ def parser() -> Parser:
         help="go on asking about the same pictures, a question a line; /help there",
     )
     p.add_argument(
+        "--session",
+        metavar="FILE",
+        help="pictures read before, with their conversation: what /save of a chat has written",
+    )
+    p.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
     p.add_argument(
@@ -200,18 +205,15 @@ def run(args: argparse.Namespace) -> int:
     """Loads, asks, prints. Raises what `main` turns into lines."""
     if args.output:
         raise UsageError("--output is where the results of a --batch-file go; none is given")
-    images, question = (_pictures(args), args.question) if args.chat else _task(args)
-    sampling = _sampling(args)
+    sampling, talks = _sampling(args), args.chat or args.session
+    images, question = (_pictures(args), args.question) if talks else _task(args)
     _check_early(args, images)
     note = _note(args)
     engine = _load(args)
     layout, pruning = _prompt_options(args), _prefill_options(args)
     decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
-    if args.chat:
-        session = engine.session(images, **layout, **pruning)
-        answered = partial(as_dict, engine) if args.json else None
-        chat = Chat(session, images, decoding, note, report, answered)
-        return chat.run([question] if question else [])
+    if talks:
+        return _talk(args, engine, images, decoding)
     stream = engine.stream(images, question, prompt_options=layout, **pruning, **decoding)
     interrupted = False
     try:
@@ -233,11 +235,36 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else 0
 
 
+def _talk(
+    args: argparse.Namespace, engine: Engine, images: list[str | Video], decoding: dict
+) -> int:
+    """A chat, or one question to a saved session, outside its conversation."""
+    if args.session:
+        session = engine.load_session(args.session)
+        images = [None] * len(session.prompt.grids)
+    else:
+        session = engine.session(images, **_prompt_options(args), **_prefill_options(args))
+    answered, note = partial(as_dict, engine) if args.json else None, _note(args)
+    chat = Chat(session, images, decoding, note, report, answered)
+    if args.chat:
+        return chat.run([args.question] if args.question else [])
+    chat.follow_up = False
+    try:
+        chat.answer(args.question)
+    except KeyboardInterrupt:
+        note("interrupted: the answer above ends where it was stopped")
+        return 130
+    for line in report(chat.last[2]):
+        note(line)
+    return 0
+
+
 def run_file(args: argparse.Namespace) -> int:
     """Asks the questions of a file; 1 if any failed. Raises what `main` turns into lines."""
-    if args.question is not None or args.image or args.overlay or args.chat:
+    if args.question is not None or args.image or args.overlay or args.chat or args.session:
         raise UsageError(
-            "a --batch-file names questions and pictures itself; it goes without --overlay, --chat"
+            "a --batch-file names questions and pictures itself; it goes without --overlay, "
+            "--chat and --session"
         )
     _check_method(args)
     sampling, output = _sampling(args), Path(args.output) if args.output else None
@@ -363,10 +390,26 @@ def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:
     for image in images:
         image.check() if isinstance(image, Video) else open_picture(image).close()
     _check_method(args)
+    if args.session:
+        _check_session(args)
     if args.chat and args.overlay:
         raise UsageError("a chat has many answers; write /overlay FILE behind the one you want")
     if args.overlay:
         check_writable(Path(args.overlay), "overlay")
+
+
+def _check_session(args: argparse.Namespace) -> None:
+    given, fixed = _settings(args), {"image", "overlay", *_prompt_options(args)}
+    fixed |= {"keep_videos", *_prefill_options(args)}
+    if wrong := [name for name in given if name in fixed]:
+        raise UsageError(
+            f"a --session has its own pictures, prompt and pruning; it goes without "
+            f"--{wrong[0].replace('_', '-')}"
+        )
+    if not (args.chat or args.question):
+        raise UsageError("a --session needs a question, or --chat for many")
+    if not Path(args.session).is_file():
+        raise UsageError(f"there is no session {args.session}")
 
 
 def _check_method(args: argparse.Namespace) -> None:
@@ -425,7 +468,7 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def as_dict(engine: Engine, question: str, images: list[str], answer: Answer) -> dict:
+def as_dict(engine: Engine, question: str, images: list[str | None], answer: Answer) -> dict:
     """What `--json` prints."""
     stats = asdict(answer.stats)
     return {

@@ -701,6 +701,50 @@ def test_a_chat_is_saved(nano, tmp_path, monkeypatch, capsys):
     assert session.chat(QUESTIONS[1]).text == said[1]
 
 
+def test_a_saved_session_is_opened(nano, tmp_path, monkeypatch, capsys):
+    """One question by itself, and the conversation from where it was."""
+    path = tmp_path / "scene.session"
+    session = nano.session(SCENES[1])
+    session.chat(QUESTIONS[0])
+    session.save(path)
+    assert generate.main(["--session", str(path), QUESTIONS[1]]) == 0
+    out, err = capsys.readouterr()
+    assert out == nano.ask(SCENES[1], QUESTIONS[1]).text + "\n"
+    assert "budgets" in err
+    lines = [QUESTIONS[1], f"/overlay {tmp_path}/o.png", f"/image {SCENES[0]}"]
+    code, out, err = talk(
+        "\n".join(lines), "--session", path, "--json", monkeypatch=monkeypatch, capsys=capsys
+    )
+    answer = json.loads(out)
+    assert answer["answer"] == session.chat(QUESTIONS[1]).text
+    assert answer["images"] == [None]
+    assert code == 2
+    assert "error: a saved session holds no pixels that an overlay could show" in err
+    assert f"picture     {SCENES[0]}" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image", str(SCENES[0])], "goes without --image"),
+        (["--max-ratio", "0.1"], "goes without --max-ratio"),
+        (["--keep-videos"], "goes without --keep-videos"),
+        (["--system", "x"], "goes without --system"),
+        (["--batch-file", "x.jsonl"], "goes without --overlay, --chat and --session"),
+    ],
+)
+def test_a_saved_session_is_as_it_was_made(options, message, capsys):
+    assert generate.main(["--session", "none", "What?", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_saved_session_is_asked_something(capsys):
+    assert generate.main(["--session", "none"]) == 2
+    assert "--session needs a question" in capsys.readouterr().err
+    assert generate.main(["--session", "none", "What?", "--quiet"]) == 2
+    assert "there is no session none" in capsys.readouterr().err
+
+
 def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, capsys):
     lines = ["/overlay x.png", "/image nope.png", "/image", "/nonsense", "/overlay"]
     lines += ["/save", f"/save {tmp_path}", f"/save {tmp_path}/none/chat"]
