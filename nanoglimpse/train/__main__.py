@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--init",
         type=Path,
         metavar="RUN",
-        help="begin with the weights and the tokenizer of this run, behind the first stage",
+        help="go on from the weights of this run, with its tokenizer, in the last two stages",
     )
     base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
@@ -176,7 +176,7 @@ def _base(args: argparse.Namespace) -> int:
             work=args.scale * stage.work,
             draws=tuple(draw for draw in stage.draws if draw.domain in args.domains),
         )
-        for stage in CURRICULUM[bool(args.init) :]
+        for stage in CURRICULUM[-2 if args.init else 0 :]
     ]
     stages = [stage for stage in stages if stage.draws]
     task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)

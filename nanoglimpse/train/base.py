@@ -55,7 +55,7 @@ ASKED_OFTEN = {
     "left": 0.0,
     "above": 0.0,
     "number": 2.0,
-    "exists": 1.5,
+    "count": 2.0,
     "value": 3.0,
     "item": 3.0,
     "bar": 3.0,
