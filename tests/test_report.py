@@ -96,6 +96,17 @@ def test_methods_against_caps_in_both_forms():
     assert head == ["method", "no cap", "11.1%", "5.0%"]
 
 
+def test_a_wide_table_is_turned():
+    rows = [result(0, f"m{m}", brief=b, contains=b) for m in range(9) for b in (False, True)]
+    runs = runs_of(results_of(rows))
+    lines = table(by_form(runs, "contains"))
+    assert lines[:2] == [["prompt", "brief", "free-form"], ["m0", "1.000", "0.000"]]
+    assert len(lines) == 10
+    assert table(by_cost(runs, "contains"))[1][0] == "m0"
+    few = runs_of(results_of(rows[:16]))
+    assert table(by_form(few, "contains"))[0] == ["prompt", *(f"m{m}" for m in range(8))]
+
+
 def test_kinds_of_questions():
     rows = [
         result(0, kind="number", contains=True),
@@ -361,21 +372,53 @@ def test_the_pages_charts(shown):
         "average, free-form prompts",
         "average, brief prompts",
     ]
+    # A score of 0 is the foot of the free-form chart; where all is right the scale is cut above 0.
+    texts = [{text.text for text in chart.iter("text")} for chart in charts]
+    assert ["0.5" in own for own in texts] == [True, False]
     says = [circle.find("title").text for circle in charts[0].iter("circle")]
     assert says == [
         "glimpse: 1.000 at 10.0%",
         "fastv 0.25: 0.000 at 5.0%",
         "fastv 0.5: 1.000 at 10.0%",
     ]
-    lines = charts[0].findall("polyline")
+    lines = list(charts[0].iter("polyline"))
     assert [len(line.get("points").split()) for line in lines] == [1, 2]
     colours = [line.get("stroke") for line in lines]
     assert colours[0] != colours[1]
 
 
+def test_no_two_methods_look_alike():
+    """However many there are, mark and line together tell them apart."""
+    rows = [result(n, f"method{m}", 0.1 * n, decode_kv=0.1 * n) for m in range(24) for n in (1, 2)]
+    results = results_of(rows)
+    text = page(runs_of(results), [results], "contains", [])
+    legend = re.findall(r'<li data-series="(\d+)"><svg[^>]*>(.*?)</svg>method(\d+)</li>', text)
+    assert [int(number) for number, _, _ in legend] == [int(m) for _, _, m in legend]
+    assert len({mark for _, mark, _ in legend}) == 24
+    (svg,) = re.findall(r"<svg [^>]*role=.*?</svg>", text, re.DOTALL)
+    lines = [line.attrib for line in ElementTree.fromstring(svg).iter("polyline")]
+    assert len({(line["stroke"], line.get("stroke-dasharray")) for line in lines}) == 24
+
+
+def test_what_the_selectors_go_by(shown):
+    text, _ = shown
+    rows = re.findall(r"<tr( data-.*?)><td>(.*?)</td><td>(.*?)</td>", text)[:4]
+    assert rows == [
+        (' data-form="free"', "glimpse", "free"),
+        (' data-cap="0.5" data-form="free"', "fastv 0.5", "free"),
+        (' data-cap="0.25" data-form="free"', "fastv 0.25", "free"),
+        (' data-cap="0.25" data-form="brief"', "fastv 0.25", "brief"),
+    ]
+    figures = re.findall(r"<figure(.*?)>", text)
+    assert figures == [marks for marks, _, _ in rows]
+    caps = '<option value="0.25">25.0%</option><option value="0.5">50.0%</option>'
+    table, gallery = re.findall(r'data-by="cap">(.*?)</select>', text)
+    assert (table, gallery) == ('<option value="">every cap</option>' + caps, caps)
+
+
 def test_the_pages_gallery(shown):
     text, parser = shown
-    cards = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
+    cards = re.findall(r"<figure[^>]*>(.*?)</figure>", text, re.DOTALL)
     assert len(cards) == 4
     pictures = [attributes["href"] for tag, attributes in parser.tags if tag == "image"]
     assert pictures == [PIXEL]

@@ -26,6 +26,8 @@ CATEGORIES = {
     "infographicsvqa": "chart",
     "infovqa": "chart",
 }
+# A table of more columns is turned on its side.
+WIDEST = 9
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -61,6 +63,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
+def _upright(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as a table, lines and columns exchanged where it would be too wide."""
+    return markdown(list(zip(*lines, strict=True)) if len(lines[0]) > WIDEST else lines)
+
+
 def progress_table(runs: Sequence[Run], groups: Sequence[str]) -> str:
     """A line an arm: accuracy, share kept and evidence found, in per cent, by group."""
     whats = {"right": "contains", "kept": "retention", "found": "recall"}
@@ -93,7 +100,7 @@ def by_form(runs: Sequence[Run], score: str) -> str:
     lines = [["prompt", *labels]]
     for title, brief in (("brief", True), ("free-form", False)):
         lines.append([title, *(show(both[label, brief].get(score), measure) for label in labels)])
-    return markdown(lines)
+    return _upright(lines)
 
 
 def by_cap(runs: Sequence[Run], score: str) -> str:
@@ -211,7 +218,7 @@ def by_cost(runs: Sequence[Run], score: str) -> str:
         cells = [show(run.get(key), MEASURES[key]) for run in runs]
         if any(cells):
             lines.append([titles[key], *cells])
-    return markdown(lines)
+    return _upright(lines)
 
 
 SECTIONS: dict[str, Callable[[Sequence[Run], str], str]] = {
