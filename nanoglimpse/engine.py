@@ -22,7 +22,7 @@ from .kernels.quantized import check as check_quantized
 from .many import Item, Many, Outcome
 from .methods import METHODS, Choice, Look, Method
 from .processor import Processor, Prompt, Visual, pack
-from .reading import KV_DROPS, Reading
+from .reading import KV_DROPS, Reading, Seen
 from .results import Answer, Clock, Prefill
 from .rope import Grid, mrope
 from .sampling import Sampler, Sampling
@@ -168,6 +168,29 @@ class Sight:
     watch: Watch
 
 
+@dataclass(frozen=True)
+class Request:
+    """What one prefill is about.
+
+    Attributes:
+        batch: the prompts before any pruning.
+        sight: of their pictures.
+        plan: what to do with them.
+        room: cache rows to leave free behind each prompt, for its answer.
+        seeds: of methods that draw, one a prompt.
+        evidence: bool [N], the visual tokens that the answers need, where they are known.
+        trace: keep the rows behind layer K.
+    """
+
+    batch: Batch
+    sight: Sight
+    plan: Plan
+    room: int
+    seeds: list[int]
+    evidence: Tensor | None = None
+    trace: bool = False
+
+
 class Engine:
     """A loaded model. It keeps no state between calls; one engine may serve any order of them.
 
@@ -266,7 +289,8 @@ class Engine:
         sight = (see or self.see)(patches, batch.all_grids, plan.method)
         clock.lap("vision")
         reading = Reading(self.decoder, self.config.text_config, self.ops, batch, sight.visual)
-        return self.read(reading, batch, sight, plan, clock, max_new_tokens, seeds, known, trace)
+        request = Request(batch, sight, plan, max_new_tokens, seeds, known, trace)
+        return self.read(reading, request, clock)
 
     def see(self, patches: Tensor, grids: Sequence[Grid], pruner: Method) -> Sight:
         """Pictures through the vision encoder, with what a method wants to know of it."""
@@ -276,14 +300,8 @@ class Engine:
     def read(
         self,
         reading: Reading,
-        batch: Batch,
-        sight: Sight,
-        plan: Plan,
+        request: Request,
         clock: Clock,
-        max_new_tokens: int,
-        seeds: list[int],
-        evidence: Tensor | None = None,
-        trace: bool = False,
         begun: int = 0,
         choice: Choice | None = None,
     ) -> Prefill:
@@ -291,52 +309,35 @@ class Engine:
 
         Args:
             reading: of the prompts, the first `begun` stops behind it.
-            batch: the prompts before any pruning.
-            sight: of their pictures.
-            plan, clock: what to do, and what measures it.
-            max_new_tokens, seeds, evidence, trace: as `prefill_many`, all prompts together.
-            choice: made at the last of those stops.
+            request: what they are, and what to do.
+            clock: what measures it.
+            begun: stops that a prefix has passed.
+            choice: made at the last of those.
         """
-        pruner, visual, choice = plan.method, sight.visual, choice or Choice()
+        pruner, choice = request.plan.method, choice or Choice()
         probe, reads = pruner.probe(self), pruner.reads(self)
-        inside, traced = not (pruner.needs_hidden or trace), None
+        inside, traced = not (pruner.needs_hidden or request.trace), None
         for stage, stop in list(enumerate(pruner.stops(self)))[begun:]:
             read = reading.run(stop, probe, reads, inside)
             if stop:
                 clock.lap(f"layers < {stop}")
-            look = Look(
-                engine=self,
-                stage=stage,
-                batch=reading.batch,
-                hidden=None if reading.inside else reading.prompts,
-                source=visual,
-                source_counts=batch.visual_counts,
-                visual=visual,
-                taps=sight.taps,
-                watch=sight.watch,
-                asking=reading.asking,
-                layers=read,
-                rule=plan.rule,
-                seeds=seeds,
-                evidence=evidence,
-            )
-            choice = pruner.choose(look.of(reading.kept) if stage else look)
+            choice = pruner.choose(self._look(reading, request, stage, read))
             clock.lap("score")
             if reading.inside:
                 reading.attend(choice.kept)
                 clock.lap(f"layers < {stop}")
-            traced = reading.prompts if trace else None
-            reading.keep(choice.kept, choice.values, plan.kv_drop, max_new_tokens)
+            traced = reading.prompts if request.trace else None
+            reading.keep(choice.kept, choice.values, request.plan.kv_drop, request.room)
             clock.lap("keep")
         first = reading.layers
-        logits, cache = reading.finish(max_new_tokens)
+        logits, cache = reading.finish(request.room)
         processed, cached = reading.budget()
         clock.lap(f"layers ≥ {first}" if first else "layers")
 
         return Prefill(
             method=pruner.name,
-            visual=visual,
-            taps=sight.taps,
+            visual=request.sight.visual,
+            taps=request.sight.taps,
             glimpse_logits=choice.glimpse_logits,
             importance=choice.importance,
             kept=reading.kept,
@@ -346,9 +347,30 @@ class Engine:
             cache=cache,
             processed=processed,
             cached=cached,
-            batch=batch,
+            batch=request.batch,
             clock=clock,
         )
+
+    def _look(self, reading: Reading, request: Request, stage: int, read: dict[int, Seen]) -> Look:
+        """What the method sees at one of its stops."""
+        sight = request.sight
+        look = Look(
+            engine=self,
+            stage=stage,
+            batch=reading.batch,
+            hidden=None if reading.inside else reading.prompts,
+            source=sight.visual,
+            source_counts=request.batch.visual_counts,
+            visual=sight.visual,
+            taps=sight.taps,
+            watch=sight.watch,
+            asking=reading.asking,
+            layers=read,
+            rule=request.plan.rule,
+            seeds=request.seeds,
+            evidence=request.evidence,
+        )
+        return look.of(reading.kept) if stage else look
 
     def plan(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .engine import Engine, Plan, Sight
+from .engine import Engine, Plan, Request, Sight
 from .errors import UsageError
 from .methods import Choice, Look, Method
 from .prefix import Prefix, Resumed, Stretch
@@ -196,9 +196,9 @@ class Session:
             left = batch.keep(rows, prefix.kept, counts)
         model = (engine.decoder, config.text_config, engine.ops)
         reading = Resumed(*model, left, self.sight.visual, prefix)
-        given = (self.sight, self.plan, clock, max_new_tokens, [self.seed], known, trace)
-        begun = 0 if prefix.choice is None else 1
-        prefill = engine.read(reading, batch, *given, begun, prefix.choice)
+        seeds, begun = [self.seed], 0 if prefix.choice is None else 1
+        request = Request(batch, self.sight, self.plan, max_new_tokens, seeds, known, trace)
+        prefill = engine.read(reading, request, clock, begun, prefix.choice)
         prefill.logits = prefill.logits[0]
         return prefill
 
