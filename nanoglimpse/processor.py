@@ -185,11 +185,11 @@ def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> 
         pixels = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(grid[1] // merge, merge, side, grid[2] // merge, merge, side, 3)
         units.append(pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side))
-    patches = torch.empty(len(units[0]), 3, config.temporal_patch_size, side * side)
     # Rounded as transformers rounds: x / 255, then the mean, then the deviation, all in fp32.
     mean, std = (torch.tensor(c)[:, None, None] for c in (config.image_mean, config.image_std))
-    patches.copy_(torch.cat(units, 2)).div_(255).sub_(mean).div_(std)
-    return patches.flatten(1)
+    patches = torch.cat(units, 2).float().div_(255).sub_(mean).div_(std)
+    # A still picture is normalised before it is repeated.
+    return patches.expand(-1, -1, config.temporal_patch_size, -1).flatten(1)
 
 
 @dataclass(frozen=True)
