@@ -177,6 +177,10 @@ def test_combinations():
         "nothing",
     ]
     assert [arm.name for arm in arms[5:]] == [f"{arm.name} brief" for arm in arms[:5]]
+    every = combine(["glimpse", "all"], ["0.5"], [False], "all")
+    assert [arm.method for arm in every[:2]] == ["glimpse", "dense"]
+    assert {arm.method for arm in every} == set(METHODS) - {"evs"}
+    assert len(every) == len(METHODS) - 1
     assert Arm("fastv", 0.5, True, "later").name == "fastv 0.5 later brief"
 
 

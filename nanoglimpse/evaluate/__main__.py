@@ -364,7 +364,7 @@ def _judge_options(parser: Parser) -> None:
 
 
 def _names() -> str:
-    return f"of {', '.join(METHODS)} (default: dense glimpse)"
+    return f"all, or of {', '.join(METHODS)} (default: dense glimpse)"
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "judge": judge_file}

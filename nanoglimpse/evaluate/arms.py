@@ -8,6 +8,7 @@ import torch
 
 from ..engine import Engine, find_method
 from ..errors import UsageError
+from ..methods import METHODS
 
 # What these keep does not depend on a cap; they run once.
 WITHOUT_CAP = ("dense", "oracle", "nothing", "vtw")
@@ -45,7 +46,7 @@ def combine(
     """All combinations that make sense.
 
     Args:
-        methods: names.
+        methods: names; "all" for every method that prunes a single picture.
         ratios: caps as typed; "none" for no cap.
         forms: False for free-form prompts, True for brief ones.
         kv_drop: of KV_DROPS.
@@ -54,7 +55,9 @@ def combine(
         UsageError: a method or ratio makes no sense, or nothing is left.
     """
     caps, arms = [_ratio(text) for text in ratios], []
-    for brief, name, ratio in product(forms, methods, caps):
+    every = [name for name, method in METHODS.items() if not method.for_videos]
+    names = [name for given in methods for name in (every if given == "all" else [given])]
+    for brief, name, ratio in product(forms, names, caps):
         capped = find_method(name, 1.0).capped
         if name in WITHOUT_CAP:
             ratio = None

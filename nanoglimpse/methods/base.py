@@ -168,6 +168,7 @@ class Method:
         pooled: it chooses once, by `Look.by_rule`, so that `max_frame_ratio` and `anchors` hold.
         needs_hidden: it looks at `Look.hidden`. If not, it looks inside the last layer before a
             stop, which only what it keeps goes through to the end: exact, and nearly a layer less.
+        for_videos: it compares frames, and keeps a picture by itself whole.
     """
 
     name: str
@@ -175,6 +176,7 @@ class Method:
     capped: bool = True
     pooled: bool = False
     needs_hidden: bool = True
+    for_videos: bool = False
 
     def stops(self, engine: "Engine") -> Sequence[int]:
         """Numbers of layers after which it looks, ascending; 0 is before the decoder."""

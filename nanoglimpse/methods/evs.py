@@ -28,6 +28,7 @@ class EVS(Method):
 
     name = "evs"
     about = "EVS, of vLLM: before the decoder, what has changed since the frames before"
+    for_videos = True
 
     def stops(self, engine: "Engine") -> Sequence[int]:
         """Before the decoder."""
