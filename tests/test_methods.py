@@ -15,12 +15,14 @@ from nanoglimpse.config import parse_config
 from nanoglimpse.kernels.ops import TORCH, Packing
 from nanoglimpse.methods import METHODS, Choice, Method
 from nanoglimpse.methods.cdpruner import conditional
+from nanoglimpse.methods.clusters import density_peaks
 from nanoglimpse.methods.divprune import diverse
 from nanoglimpse.methods.evs import changes, clips
 from nanoglimpse.methods.polymorphic import condense, likeness
 from nanoglimpse.methods.prumerge import gain
 from nanoglimpse.methods.similarity import nearest, unit
-from nanoglimpse.methods.sparsevlm import density_peaks, leading, pull, recycle
+from nanoglimpse.methods.sparsevlm import recycle
+from nanoglimpse.methods.sparsevlm_plus import leading, pull
 from nanoglimpse.methods.tome import match
 from nanoglimpse.methods.visionzip import merge
 from nanoglimpse.methods.vispruner import thin_out
@@ -579,7 +581,7 @@ def test_density_peaks_in_tiles(monkeypatch):
     x, clusters = torch.randn(61, 5), 7
     x[40:44], x[50:53] = x[3], x[50].clone()
     centres, member = density_peaks(x, clusters)
-    monkeypatch.setattr("nanoglimpse.methods.sparsevlm.TILE", 16)
+    monkeypatch.setattr("nanoglimpse.methods.clusters.TILE", 16)
     again = density_peaks(x, clusters)
     assert torch.equal(again[0], centres)
     assert torch.equal(again[1], member)
@@ -700,7 +702,8 @@ def test_sparsevlm_plus_by_its_definition(tiny_folder, engine, monkeypatch):
     expected = torch.zeros(54, dtype=torch.bool)
     expected[order[: len(seen[1][0].visual)]] = True
     assert torch.equal(choice.kept, expected)
-    assert choice.values is None
+    rows = look.batch.visual_rows[choice.kept]
+    assert torch.equal(choice.values, look.hidden[rows])
 
 
 def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engine):

@@ -13,6 +13,7 @@ from .polymorphic import Polymorphic
 from .prumerge import PruMerge
 from .random import Random
 from .sparsevlm import SparseVLM
+from .sparsevlm_plus import SparseVLMPlus
 from .tome import ToMe
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -41,16 +42,8 @@ METHODS: dict[str, Method] = {
             layers=2,
         ),
         PyramidDrop(),
-        SparseVLM(
-            "sparsevlm",
-            "SparseVLM 1.5, arXiv 2410.04417: three stages, rated by the question, rest clustered",
-            plus=False,
-        ),
-        SparseVLM(
-            "sparsevlm+",
-            "SparseVLM 2.0: the same, attention without the pull of positions, rest dropped",
-            plus=True,
-        ),
+        SparseVLM(),
+        SparseVLMPlus(),
         VScan(),
         VTW(),
         VisionZip(),

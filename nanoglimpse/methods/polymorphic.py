@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .base import Choice, Look, Method, solve
+from .clusters import density_peaks
 from .similarity import best, rest
-from .sparsevlm import density_peaks
 
 if TYPE_CHECKING:
     from ..engine import Engine

@@ -1,4 +1,4 @@
-"""SparseVLM (arXiv 2410.04417), versions 1.5 and 2.0 of its code: text rates what is seen.
+"""SparseVLM (arXiv 2410.04417), version 1.5 of its code: text rates what is seen.
 
 Raters are the question's tokens whose embeddings are closest to the picture (softmax over text of
 V·Tᵀ, the mean over visual tokens, above the mean over text). After three layers the visual tokens
@@ -9,15 +9,9 @@ The code has fixed lists of counts for 576 tokens, of layers of 32, and inserts 
 the kept tokens with positions that are no longer theirs. Here the list 300, 200, 110 is scaled to
 the cap, the clusters are counted in, layers are scaled to the model's depth, and a cluster has its
 centre's position.
-
-Version 2.0, SparseVLM+, clusters nothing and keeps positions. Attention is divided by what rotary
-embedding alone makes of two rows, the product of all-ones vectors at their positions, and of the
-heads only those count that attend to the picture most, 14 of the 28 of Qwen2.5-VL-7B, here half.
-The product may pass zero at a distance; as in the code, tokens where it is negative come last.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,28 +20,26 @@ from torch import Tensor
 from ..errors import UsageError
 from ..kernels.ops import Rope
 from .base import Choice, Look, Method, solve
-from .similarity import TILE, best, rest
+from .clusters import density_peaks
+from .similarity import best, rest
 
 if TYPE_CHECKING:
     from ..engine import Engine
 
 LAYERS = (2, 6, 15)
-LEVELS, PLUS_LEVELS = (300 / 110, 200 / 110, 1.0), (300 / 118, 200 / 118, 1.0)
 RECYCLED, CLUSTERED = 0.3, 0.1
 
 
-@dataclass(frozen=True)
 class SparseVLM(Method):
-    """Three stages rated by the question: with recycling, or corrected (plus)."""
+    """Three stages rated by the question, what they drop partly recycled.
 
-    name: str
-    about: str
-    plus: bool
+    Attributes:
+        levels: what each stage leaves, in terms of what the last one does.
+    """
 
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """What each stage leaves, in terms of what the last one does."""
-        return PLUS_LEVELS if self.plus else LEVELS
+    name = "sparsevlm"
+    about = "SparseVLM 1.5, arXiv 2410.04417: three stages, rated by the question, rest clustered"
+    levels: tuple[float, ...] = (300 / 110, 200 / 110, 1.0)
 
     def stops(self, engine: "Engine") -> Sequence[int]:
         """After layers 2, 6 and 15 of 32, scaled and apart."""
@@ -91,20 +83,20 @@ class SparseVLM(Method):
             rows = look.batch.visual_rows[mine]
             score = torch.zeros(len(mine), layer.block.heads, device=mine.device)
             for rater, weights in zip(raters, layer.attention(raters, prompt), strict=True):
-                score += self.corrected(weights[rows - first], layer.rope, rater, rows)
+                score += self.weighed(weights[rows - first], layer.rope, rater, rows)
             allowed = int(look.rule.max_ratio * self.levels[look.stage] * whole)
             allowed = max(allowed, look.rule.min_tokens or 0)
-            if self.plus:
-                chosen = mine[best(leading(score), allowed)]
-            else:
-                chosen = recycle(values, mine, score.mean(1), allowed)
-            kept[chosen] = True
+            kept[self.stay(values, mine, score, allowed)] = True
             seen, first = seen + whole, first + look.batch.counts[prompt]
-        return Choice(kept, values=None if self.plus else values[kept])
+        return Choice(kept, values=values[kept])
 
-    def corrected(self, attention: Tensor, rope: Rope, rater: Tensor, rows: Tensor) -> Tensor:
-        """A rater's attention [N, HQ] to rows, int64 [N], in version 2.0 without their distance."""
-        return attention / pull(rope, rater, rows)[:, None] if self.plus else attention
+    def weighed(self, attention: Tensor, rope: Rope, rater: Tensor, rows: Tensor) -> Tensor:
+        """What a rater's attention [N, HQ] to rows, int64 [N], counts."""
+        return attention
+
+    def stay(self, values: Tensor, mine: Tensor, score: Tensor, allowed: int) -> Tensor:
+        """Which of a prompt's visual tokens stay, by scores [N, HQ]; `values` [in place]."""
+        return recycle(values, mine, score.mean(1), allowed)
 
     def raters(self, look: Look, prompt: int, source: Tensor) -> Tensor:
         """int64, rows of the question's tokens that are closer to the picture than the mean."""
@@ -114,18 +106,6 @@ class SparseVLM(Method):
         text = look.engine.decoder.embed_tokens(look.batch.token_ids[rows]).float()
         closeness = (source.float() @ text.T).softmax(1).mean(0)
         return rows[closeness >= closeness.mean()]
-
-
-def pull(rope: Rope, row: Tensor, rows: Tensor) -> Tensor:
-    """fp32 [N], what rotation leaves of the product of one row and others, all ones; at most 1."""
-    near = rope.cos[rows, 0] @ rope.cos[row, 0] + rope.sin[rows, 0] @ rope.sin[row, 0]
-    return near / rope.cos.shape[-1]
-
-
-def leading(score: Tensor) -> Tensor:
-    """fp32 [N], the mean of scores [N, HQ] over the half of the heads with the largest sums."""
-    heads = best(score.sum(0), max(score.shape[1] // 2, 1))
-    return score[:, heads].mean(1)
 
 
 def recycle(values: Tensor, own: Tensor, score: Tensor, allowed: int) -> Tensor:
@@ -143,31 +123,3 @@ def recycle(values: Tensor, own: Tensor, score: Tensor, allowed: int) -> Tensor:
         group = own[others[member == number]]
         values[own[others[centre]]] = values[group].float().mean(0).to(values.dtype)
     return own[torch.cat((chosen, others[centres]))]
-
-
-def density_peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-    """DPC-KNN: centres int64 [clusters] of rows x [M, C], and the cluster of each row, int64 [M].
-
-    As in the code: density from the `clusters` nearest, itself among them; for the densest row the
-    distance to a denser one is the largest of all. Of equally dense rows the first counts as
-    denser, where the code adds noise: mutual neighbours are always equal.
-    """
-    order, scale, near = torch.arange(len(x), device=x.device), x.shape[1] ** 0.5, []
-    # In tiles, twice: the square matrix of all pairs never exists.
-    for tile in x.split(TILE):
-        distance = torch.cdist(tile, x) / scale
-        near.append(distance.topk(min(clusters, len(x)), largest=False).values)
-    density = (-torch.cat(near).square().mean(1)).exp()
-    apart, widest = [], []
-    for own in order.split(TILE):
-        distance = torch.cdist(x[own], x) / scale
-        equal = (density[None] == density[own, None]) & (order[None] < own[:, None])
-        denser = (density[None] > density[own, None]) | equal
-        apart.append(distance.masked_fill(~denser, torch.inf).amin(1))
-        widest.append(distance.amax())
-    apart = torch.cat(apart)
-    apart = torch.where(apart.isinf(), torch.stack(widest).amax(), apart)
-    centres = best(density * apart, clusters)
-    member = torch.cdist(x, x[centres]).argmin(1)
-    member[centres] = torch.arange(len(centres), device=x.device)
-    return centres, member
