@@ -389,9 +389,9 @@ def _check_early(args: argparse.Namespace, images: list[str | Video]) -> None:
     """What can be seen to be wrong before gigabytes of weights are read."""
     for image in images:
         image.check() if isinstance(image, Video) else open_picture(image).close()
-    _check_method(args)
     if args.session:
         _check_session(args)
+    _check_method(args)
     if args.chat and args.overlay:
         raise UsageError("a chat has many answers; write /overlay FILE behind the one you want")
     if args.overlay:

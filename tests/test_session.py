@@ -729,6 +729,7 @@ def test_a_saved_session_is_opened(nano, tmp_path, monkeypatch, capsys):
         (["--image", str(SCENES[0])], "goes without --image"),
         (["--max-ratio", "0.1"], "goes without --max-ratio"),
         (["--keep-videos"], "goes without --keep-videos"),
+        (["--method", "fastv"], "goes without --method"),
         (["--system", "x"], "goes without --system"),
         (["--batch-file", "x.jsonl"], "goes without --overlay, --chat and --session"),
     ],
