@@ -574,6 +574,9 @@ def test_a_base_run_begins_with_another(tmp_path, capsys):
     assert ["answer" in line for line in begun] == [False, True]
     assert main(["base", str(tmp_path / "third"), *options, "--init", str(tmp_path / "no")]) == 1
     assert "no is not a run to begin from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*init, "--shape", str(first / "config.json")])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_kinds_that_are_not_learned_are_not_asked():

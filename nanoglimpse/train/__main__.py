@@ -56,15 +56,16 @@ def _parser() -> argparse.ArgumentParser:
         weight_decay=0.01,
         accumulate=1,
     )
-    base.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
-    base.add_argument(
-        "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
-    )
-    base.add_argument(
+    begin = base.add_mutually_exclusive_group()
+    begin.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
+    begin.add_argument(
         "--init",
         type=Path,
         metavar="RUN",
         help="go on from the weights of this run, with its tokenizer, in the last two stages",
+    )
+    base.add_argument(
+        "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
     )
     base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
