@@ -10,6 +10,7 @@ import triton
 from .append_triton import rotate_append
 from .attention_triton import attention, attention_reading
 from .decode_triton import decode_attention
+from .few_triton import few_rows
 from .keep_triton import keep_rows
 from .norm_triton import add_rms_norm, rms_norm
 from .ops import TORCH
@@ -41,6 +42,7 @@ TRITON = replace(
     rotate_append=_there(rotate_append),
     received_attention=_there(received_attention),
     swiglu=_there(swiglu),
+    few_rows=_there(few_rows),
 )
 
 

@@ -23,6 +23,7 @@ from ..errors import UsageError
 from .append import rotate_append
 from .attention import Probe, Queries, attention, attention_reading, row_logits
 from .decode import decode_attention
+from .few import few_rows
 from .keep import keep_rows
 from .linear import linear, pack
 from .norm import add_rms_norm, rms_norm
@@ -49,6 +50,7 @@ class Ops:
     rotate_append: Callable
     received_attention: Callable
     swiglu: Callable
+    few_rows: Callable
     linear: Callable
     pack: Callable
 
@@ -69,6 +71,7 @@ TORCH = Ops(
     rotate_append=rotate_append,
     received_attention=received_attention,
     swiglu=swiglu,
+    few_rows=few_rows,
     linear=linear,
     pack=_as_it_is,
 )

@@ -79,6 +79,12 @@ def cases() -> Iterator[tuple[str, Callable]]:
         some = Queries(Packing([600], "meta"), _ids(600))
         read = partial(TRITON.attention_reading, q[:600], k, k, prompt, Probe(*[_ids(1)] * 3))
         yield f"{name} prefill, read", partial(read, causal=True, queries=some)
+        one, gate_up = _x(1, size), _x(2 * inner, size)
+        step = partial(TRITON.few_rows, one, norm=(_x(size), 1e-6))
+        yield f"{name} step, qkv", partial(step, _x(len(bias), size), bias)
+        yield f"{name} step, mlp", partial(step, gate_up, gated=True)
+        down = _x(1, inner), _x(size, inner)
+        yield f"{name} step, down", partial(TRITON.few_rows, *down, residual=one)
         layer = k.transpose(0, 1)[None]
         yield (
             f"{name} decode",

@@ -65,8 +65,12 @@ class Block(Module):
 
     def step(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> Tensor:
         """Decode: writes and attends the next row of each sequence, [B, C] -> [B, C]."""
-        q = self.project_append(hidden, rope, cache, layer, rows)
-        return self.finish(hidden, self.look_back(q, cache, layer))
+        ops, mlp = self.ops, self.mlp
+        qkv = self.qkv.few(hidden, ops, self.input_layernorm).view(*self.qkv_shape)
+        q = ops.rotate_append(qkv, None, rope, *cache.target(layer, rows))
+        hidden = self.o.few(self.look_back(q, cache, layer), ops, residual=hidden)
+        inner = mlp.gate_up.few(hidden, ops, self.post_attention_layernorm, gated=True)
+        return mlp.down.few(inner, ops, residual=hidden)
 
     def write(self, hidden: Tensor, rope: Rope, cache: Cache, layer: int, rows: Rows) -> None:
         """Keys and values of rows [T, C] into the cache."""

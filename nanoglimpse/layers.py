@@ -53,6 +53,18 @@ class Linear(Module):
         """[T, in] -> [T, out]"""
         return self.product(x, self.weight, self.bias)
 
+    def few(
+        self,
+        x: Tensor,
+        ops: Ops,
+        norm: "RMSNorm | None" = None,
+        gated: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`, with what stands around it; see the op `few_rows`."""
+        before = norm and (norm.weight, norm.eps)
+        return ops.few_rows(x, self.weight, self.bias, before, gated, residual, self.product)
+
     def rows(self, x: Tensor, first: int, stop: int) -> Tensor:
         """Outputs `first` to `stop` alone, [T, in] -> [T, stop - first]; of a layer with bias."""
         if self.opaque:

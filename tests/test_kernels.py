@@ -90,6 +90,7 @@ def test_no_rows():
     x = randn(0, 48)
     assert TRITON.rms_norm(x, randn(48), 1e-6).shape == (0, 48)
     assert TRITON.swiglu(x).shape == (0, 24)
+    assert TRITON.few_rows(x, randn(7, 48)).shape == (0, 7)
     assert TRITON.rotate(x.view(0, 4, 12), Rope.of(randn(0, 6))).shape == (0, 4, 12)
 
 
@@ -117,6 +118,57 @@ def test_swiglu_pairs_columns():
     columns = (0, 1023, 1024, 1499, 1500, 2999)
     pairs = changed(lambda x: TRITON.swiglu(x.T.contiguous()).T, x.T, *columns)
     assert pairs == [[column % 1500] for column in columns]
+
+
+def exact_few_rows(x, weight, bias, norm, gated, residual):
+    x = exact_norm(x, *norm) if norm else x.double()
+    out = x @ weight.double().T
+    if bias is not None:
+        out = out + bias.double()
+    if gated:
+        gate, up = out.chunk(2, -1)
+        out = gate * gate.sigmoid() * up
+    return out if residual is None else out + residual.double()
+
+
+@dtypes
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "biased", "normed", "gated", "added"),
+    [
+        (1, 67, 300, True, True, False, False),
+        (5, 33, 500, False, False, False, True),
+        (16, 48, 140, True, True, True, False),
+        (3, 1, 64, True, False, True, True),
+    ],
+)
+def test_few_rows(dtype, rows, columns, width, biased, normed, gated, added):
+    x = 3 * randn(rows, width, dtype=dtype)
+    weight = randn(columns * (1 + gated), width, dtype=dtype) / width**0.5
+    bias = randn(len(weight), dtype=dtype) if biased else None
+    norm = (randn(width, dtype=dtype), 0.5) if normed else None
+    residual = randn(rows, columns, dtype=dtype) if added else None
+    args = (x, weight, bias, norm, gated, residual)
+    ours, low = (ops.few_rows(*args) for ops in (TRITON, TORCH))
+    check(ours, low, exact_few_rows(*args))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_few_rows_see_their_row_and_weights(gated):
+    columns = 40
+    x, weight = randn(5, 300), randn(columns * (1 + gated), 300)
+    # Small, for weights of 1000 to leave the gate finite.
+    norm, residual = (randn(300) / 1e4, 1e-6), randn(5, columns)
+
+    def rows(x):
+        return TRITON.few_rows(x, weight, None, norm, gated, residual)
+
+    def by_column(weight):
+        return TRITON.few_rows(x, weight, None, norm, gated, residual).T
+
+    assert changed(rows, x, 0, (3, 299), 4) == [[0], [3], [4]]
+    last = len(weight) - 1
+    places = (0, (15, 299), (16, 0), last)
+    assert changed(by_column, weight, *places) == [[0], [15], [16], [last % columns]]
 
 
 def exact_rotation(x, angles):
@@ -392,6 +444,9 @@ def test_what_has_no_kernel_is_left_to_torch():
     """Another dtype, and heads that are too wide."""
     x = randn(7, 4, 12, dtype=torch.float64)
     assert torch.equal(TRITON.swiglu(x), TORCH.swiglu(x))
+    for many in (randn(17, 12), x[0]):
+        weight = randn(5, 12, dtype=many.dtype)
+        assert torch.equal(TRITON.few_rows(many, weight), TORCH.few_rows(many, weight))
     packing, rope = Packing([7], DEVICE), Rope.of(randn(7, 6))
     assert torch.equal(TRITON.rotate(x, rope), TORCH.rotate(x, rope))
     wide = randn(7, 2, 300)
@@ -450,7 +505,7 @@ def test_every_kernel_compiles_and_fits_its_chip():
         assert registers <= 256
         assert shared <= limit, (target, shape, kernel)
     kernels = {kernel for _, _, kernel, *_ in table}
-    assert len(kernels) == 8
+    assert len(kernels) == 9
     assert all(
         {row[2] for row in table if row[0] == chip} == kernels for chip in {r[0] for r in table}
     )
