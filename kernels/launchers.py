@@ -43,6 +43,7 @@ TRITON = replace(
     received_attention=_there(received_attention),
     swiglu=_there(swiglu),
     few_rows=_there(few_rows),
+    captured=True,
 )
 
 

@@ -37,7 +37,10 @@ __all__ = ["BACKENDS", "CPU", "TORCH", "Ops", "Packing", "Probe", "Queries", "Ro
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of every operation; signatures and contracts stand at the references."""
+    """One implementation of every operation; signatures and contracts stand at the references.
+
+    `captured`: on a GPU nothing in a decode step waits for the host, so that it can be replayed.
+    """
 
     attention: Callable
     attention_reading: Callable
@@ -53,6 +56,7 @@ class Ops:
     few_rows: Callable
     linear: Callable
     pack: Callable
+    captured: bool = False
 
 
 def _as_it_is(weight: Tensor) -> Tensor:

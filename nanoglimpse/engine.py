@@ -4,6 +4,7 @@ The pruning step is control flow here and nowhere else: `Engine.read` is written
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .cache import Cache, Stack
 from .config import Config, read_config, read_json
 from .decoder import Decoder
 from .errors import UsageError
 from .glimpse import Glimpse, Selection
+from .graph import Graphs
 from .kernels.ops import Ops, Rope, select
 from .kernels.quantized import check as check_quantized
 from .many import Item, Many, Outcome
@@ -39,6 +42,8 @@ GLIMPSE_FILES = ["config.json", "new_modules_gp.pt", "glimpse.safetensors"]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 # On a CPU low-precision products pay off on large matrices alone.
 SMALL_HIDDEN_SIZE = 512
+# Steps that a GPU runs before somebody looks whether all answers have ended.
+AHEAD = 7
 
 
 def load(
@@ -202,6 +207,8 @@ class Engine:
         processor: builds prompts.
         eos_token_id: tokens that end an answer.
         quantized: how the decoder's matrices are, as `load` was told.
+        graphs: decode steps to replay; None where they run as they come.
+        ahead: for `decode_many`, where tokens are not shown as they come.
     """
 
     def __init__(
@@ -221,6 +228,9 @@ class Engine:
         self.processor, self.eos_token_id, self.quantized = processor, eos_token_id, quantized
         self.device = decoder.embed_tokens.weight.device
         self.dtype = decoder.embed_tokens.weight.dtype
+        captured = ops.captured and self.device.type == "cuda"
+        self.graphs = Graphs(decoder, config.text_config) if captured else None
+        self.ahead = AHEAD if self.device.type == "cuda" else 0
 
     def prompt(
         self,
@@ -454,9 +464,10 @@ class Engine:
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
+        ahead: int = 0,
     ) -> Iterator[int]:
         """Tokens of the answer to one prompt, as they are chosen; arguments as `decode_many`."""
-        for (token,) in self.decode_many(prefill, max_new_tokens, ignore_eos, sampling):
+        for (token,) in self.decode_many(prefill, max_new_tokens, ignore_eos, sampling, ahead):
             yield token
 
     @torch.inference_mode()
@@ -466,6 +477,7 @@ class Engine:
         max_new_tokens: int = 128,
         ignore_eos: bool = False,
         sampling: Sampling | None = None,
+        ahead: int = 0,
     ) -> Iterator[list[int | None]]:
         """Answers all prompts of a prefill in step.
 
@@ -476,6 +488,8 @@ class Engine:
             max_new_tokens: at most so many for each prompt.
             ignore_eos: go on behind the tokens that end an answer.
             sampling: greedy if None.
+            ahead: steps to run, behind the first token, before tokens are looked at: a GPU then
+                does not wait for the host between them, and may run as many for nothing.
 
         Yields:
             One token a prompt, the ending one included; None for a prompt that has ended.
@@ -484,20 +498,42 @@ class Engine:
         sampler = Sampler(sampling or Sampling(), prompts, self.config.text_config.vocab_size)
         self.check_context(prefill.batch.counts, max_new_tokens)
         cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
-        rope = self.decode_rope(cache.next_position, max_new_tokens)
-        running = [True] * len(prompts)
-        for step in range(max_new_tokens):
-            tokens = sampler(logits)
-            chosen = tokens.tolist()
-            yield [token if runs else None for token, runs in zip(chosen, running, strict=True)]
-            running = [
-                runs and (ignore_eos or token not in self.eos_token_id)
-                for token, runs in zip(chosen, running, strict=True)
-            ]
-            if not any(running) or step + 1 == max_new_tokens:
-                return
-            logits = self.decoder.step(tokens, rope[step], cache)
+        running, unread = [True] * len(prompts), []
+        with self._steps(cache, max_new_tokens) as step:
+            for count in range(1, max_new_tokens + 1):
+                tokens = sampler(logits)
+                unread.append(tokens)
+                if count == 1 or len(unread) > ahead or count == max_new_tokens:
+                    for chosen in [tokens.tolist() for tokens in unread]:
+                        said = zip(chosen, running, strict=True)
+                        yield [token if runs else None for token, runs in said]
+                        running = [
+                            runs and (ignore_eos or token not in self.eos_token_id)
+                            for token, runs in zip(chosen, running, strict=True)
+                        ]
+                        if not any(running):
+                            return
+                    unread.clear()
+                if count < max_new_tokens:
+                    logits = step(tokens)
+
+    @contextmanager
+    def _steps(self, cache: Cache | Stack, steps: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What takes token ids [B] to the logits [B, vocab] behind them, so many times."""
+        # Layers with rows of their own are nobody's default, and not copied to a graph.
+        if self.graphs and isinstance(cache, Cache):
+            with self.graphs.lend(cache, steps) as graph:
+                yield graph
+            return
+        rope = self.decode_rope(cache.next_position, steps)
+        counted = iter(range(steps))
+
+        def step(token_ids: Tensor) -> Tensor:
+            logits = self.decoder.step(token_ids, rope[next(counted)], cache)
             cache.next_position = cache.next_position + 1
+            return logits
+
+        yield step
 
     def decode_rope(self, next_position: Tensor, steps: int) -> Rope:
         """Tables [steps, B, 1, D]: an answer advances on all three axes together."""
@@ -538,10 +574,7 @@ class Engine:
         self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options
     ) -> Answer:
         """The answer to a question about pictures; arguments as `stream`."""
-        stream = self.stream(images, question, **options)
-        for _ in stream:
-            pass
-        return stream.answer
+        return self.stream(images, question, **options).finish()
 
     def session(
         self, images: Visual | Sequence[Visual], method: str | None = None, **options

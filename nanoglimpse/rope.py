@@ -98,12 +98,16 @@ def mrope(positions: Tensor, config: TextConfig) -> Rope:
 
     The frequencies of a head are dealt out to the axes in three neighbouring sections.
     """
-    half = config.head_dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=positions.device)
-    inv_freq = config.rope_theta ** (-steps / half)
     section = torch.tensor(config.mrope_section, device=positions.device)
     axis = torch.arange(3, device=positions.device).repeat_interleave(section)  # [D/2]
-    return Rope.of(positions[axis].T * inv_freq)
+    return Rope.of(positions[axis].T * frequencies(config, positions.device))
+
+
+def frequencies(config: TextConfig, device: torch.device) -> Tensor:
+    """fp32 [D/2], by how many radians a decoder head turns from one position to the next."""
+    half = config.head_dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=device)
+    return config.rope_theta ** (-steps / half)
 
 
 def axial_rope(rows: Tensor, columns: Tensor, head_dim: int) -> Rope:

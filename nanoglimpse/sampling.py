@@ -85,8 +85,13 @@ class Sampler:
         # A token stays if those before it do not hold top_p yet, so the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
-        choices = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities, self.generators, strict=True)
-        ]
-        return order.gather(1, torch.stack(choices)).squeeze(1)
+        # The first arrival of a race with these rates: as torch.multinomial draws, which waits for
+        # the device to check its input.
+        arrivals = torch.stack(
+            [
+                torch.empty_like(row).exponential_(generator=generator)
+                for row, generator in zip(probabilities, self.generators, strict=True)
+            ]
+        )
+        choices = (probabilities / arrivals).argmax(1, keepdim=True)
+        return order.gather(1, choices).squeeze(1)

@@ -233,10 +233,7 @@ class Session:
 
     def ask(self, question: str, **options) -> Answer:
         """The answer to a question by itself; arguments as `stream`."""
-        stream = self.stream(question, **options)
-        for _ in stream:
-            pass
-        return stream.answer
+        return self.stream(question, **options).finish()
 
     def chat(self, question: str, **options) -> Answer:
         """The answer to a question after those before it; arguments as `stream`.

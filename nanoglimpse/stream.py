@@ -44,7 +44,7 @@ class Stream:
         self.token_ids: list[int] = []
         # Seconds to the prompt, to the prefill, and for each token.
         self.seconds = [moments[1] - moments[0], moments[2] - moments[1]]
-        self._tokens = engine.decode(self.prefill, **decode)
+        self._decode, self._tokens = decode, None
         self._text = TextStream(engine.processor)
 
     def __iter__(self) -> Iterator[str]:
@@ -57,10 +57,18 @@ class Stream:
 
     def _next(self) -> int | None:
         begun = time.perf_counter()
+        self._tokens = self._tokens or self.engine.decode(self.prefill, **self._decode)
         token = next(self._tokens, None)
         if token is not None:
             self.seconds.append(time.perf_counter() - begun)
         return token
+
+    def finish(self) -> Answer:
+        """The whole answer, for whom its pieces do not matter."""
+        self._decode = {"ahead": self.engine.ahead} | self._decode
+        for _ in self:
+            pass
+        return self.answer
 
     @property
     def text(self) -> str:

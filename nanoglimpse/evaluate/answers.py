@@ -179,7 +179,7 @@ def _decode(engine: Engine, prefill: Prefill, limit: int) -> tuple[list[list[int
     """Token ids of each answer, and milliseconds a token after the first ones."""
     answers: list[list[int]] = [[] for _ in prefill.batch.counts]
     moments = []
-    for tokens in engine.decode_many(prefill, limit):
+    for tokens in engine.decode_many(prefill, limit, ahead=engine.ahead):
         moments.append(time.perf_counter())
         for own, token in zip(answers, tokens, strict=True):
             if token is not None:
