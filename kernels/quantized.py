@@ -1,4 +1,4 @@
-"""Matrices of 8 or 4 bits, for decoding on a CPU: a token then reads a half or a quarter of them.
+"""Matrices of 8 or 4 bits, for decoding: a token then reads a half or a quarter of them.
 
 int8 has a scale for each row, w = q·s with q in -127…127. int4 has a scale and a zero for every 64
 columns of a row, w = (q - 8)·s + z with q in 0…15. Rounding is to the nearest level, without
@@ -21,9 +21,13 @@ GROUP = 64
 FEW_ROWS = 16
 # Rows quantised at a time, so that the fp32 numbers on the way stay small.
 CHUNK = 4096
+# Of torch's layouts of int4 on a GPU the one whose rows are whole groups.
+INNER_TILES = 4
 _OPERATIONS = {
-    "int8": ("_weight_int8pack_mm",),
-    "int4": ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"),
+    ("int8", "cpu"): ("_weight_int8pack_mm",),
+    ("int8", "cuda"): ("_weight_int8pack_mm",),
+    ("int4", "cpu"): ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"),
+    ("int4", "cuda"): ("_convert_weight_to_int4pack", "_weight_int4pack_mm"),
 }
 
 
@@ -39,18 +43,23 @@ class Levels(NamedTuple):
     scales: Tensor
 
 
-def check(kind: str, device: torch.device) -> None:
+def check(kind: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raises UsageError where matrices of this kind cannot be used."""
     if kind not in KINDS:
         raise UsageError(f"unknown quantize '{kind}'; use {' or '.join(KINDS)}")
-    if device.type != "cpu":
-        raise UsageError(f"quantize {kind} runs on a CPU, not on {device.type}; use device cpu")
-    for name in _OPERATIONS[kind]:
-        if not hasattr(torch.ops.aten, name):
-            raise UsageError(
-                f"quantize {kind} needs an operation that torch {torch.__version__} "
-                "does not have; leave it out, or install a newer torch"
-            )
+    names = _OPERATIONS.get((kind, device.type), ())
+    if not names or not all(_exists(name, device.type.upper()) for name in names):
+        raise UsageError(
+            f"quantize {kind} needs an operation that torch {torch.__version__} "
+            f"does not have on {device.type}; leave it out, or use another torch or device"
+        )
+    if kind == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
+        raise UsageError("quantize int4 computes in bfloat16 on cuda; use dtype bfloat16")
+
+
+def _exists(name: str, key: str) -> bool:
+    known = hasattr(torch.ops.aten, name)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
 
 
 def fits(rows: int, columns: int) -> bool:
@@ -91,7 +100,7 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         kind: of KINDS.
 
     Returns:
-        The packed integers, int8 [out, in] or uint8 [out, in / 2] in a layout of torch's own, and
+        The packed integers, int8 [out, in] or int4 in a layout of torch's own for the device, and
         the scales of `Levels`.
     """
     packed, scales = [], []
@@ -103,7 +112,14 @@ def quantize(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _pack4(q: Tensor) -> Tensor:
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    if q.device.type == "cpu":
+        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+    return torch.ops.aten._convert_weight_to_int4pack(pairs(q), INNER_TILES)
+
+
+def pairs(q: Tensor) -> Tensor:
+    """Two neighbours in a byte, the first one high: int32 [out, in] -> uint8 [out, in / 2]."""
+    return (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
 
 
 def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
@@ -117,7 +133,10 @@ def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) 
 
 def linear_int4(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
     """x Wᵀ + b, x [T, in] -> [T, out], for `quantize`'s int4."""
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), weight, GROUP, scales)
+    aten = torch.ops.aten
+    on_cpu = x.device.type == "cpu"
+    product = aten._weight_int4pack_mm_for_cpu if on_cpu else aten._weight_int4pack_mm
+    out = product(x.contiguous(), weight, GROUP, scales)
     return out if bias is None else out.add_(bias)
 
 

@@ -68,7 +68,7 @@ def load(
             on a CPU.
         backend: "auto" is the fastest on the device, and inference only; "torch" is plain torch,
             through which gradients flow; or operations of one's own.
-        quantize: "int8" or "int4": the decoder's matrices in so many bits, on a CPU.
+        quantize: "int8" or "int4": the decoder's matrices in so many bits.
         progress: called with bytes of weights read so far and in all.
 
     Raises:
@@ -81,7 +81,7 @@ def load(
     config = read_config(folder / "config.json")
     kind = find_dtype(dtype, place, config)
     if quantize is not None:
-        check_quantized(quantize, place)
+        check_quantized(quantize, place, kind)
     # The small files first, so that a mistake shows before gigabytes are read.
     processor, eos = Processor(folder, config), _eos(folder / "generation_config.json", config)
     own = folder / "glimpse"

@@ -145,9 +145,7 @@ def parser() -> Parser:
     run.add_argument(
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
-    run.add_argument(
-        "--quantize", choices=QUANTIZED, help="weights of the decoder in few bits, on a CPU"
-    )
+    run.add_argument("--quantize", choices=QUANTIZED, help="weights of the decoder in few bits")
     run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
     run.add_argument(
         "--overlay",

@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanoglimpse import Prompt, UsageError, load
 from nanoglimpse.config import read_config
@@ -177,11 +178,42 @@ def test_what_cannot_be_quantised(tiny_folder, options, words):
 
 
 def test_operations_that_are_missing(monkeypatch):
-    with pytest.raises(UsageError, match="runs on a CPU, not on cuda"):
-        quantized.check("int4", torch.device("cuda"))
-    monkeypatch.setitem(quantized._OPERATIONS, "int8", ("_weight_int7pack_mm",))
-    with pytest.raises(UsageError, match="needs an operation that torch"):
-        quantized.check("int8", torch.device("cpu"))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(UsageError, match="does not have on xpu"):
+        quantized.check("int4", torch.device("xpu"), torch.bfloat16)
+    monkeypatch.setitem(quantized._OPERATIONS, ("int8", "cpu"), ("_weight_int7pack_mm",))
+    with pytest.raises(UsageError, match="does not have on cpu"):
+        quantized.check("int8", cpu, torch.float32)
+    asked = []
+    monkeypatch.setattr(quantized, "_exists", lambda *name: asked.append(name) or True)
+    quantized.check("int4", cuda, torch.bfloat16)
+    assert asked == [("_convert_weight_to_int4pack", "CUDA"), ("_weight_int4pack_mm", "CUDA")]
+    with pytest.raises(UsageError, match="int4 computes in bfloat16 on cuda"):
+        quantized.check("int4", cuda, torch.float16)
+
+
+def test_int4_fits_what_a_gpu_takes():
+    """Shapes and types, which torch checks without one; and the order of two in a byte."""
+    with FakeTensorMode():
+        pairs = torch.empty(80, 3 * GROUP // 2, dtype=torch.uint8, device="cuda")
+        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, quantized.INNER_TILES)
+        assert packed.nbytes == pairs.nbytes
+        x = torch.empty(5, 3 * GROUP, dtype=torch.bfloat16, device="cuda")
+        scales = torch.empty(3, 80, 2, dtype=torch.bfloat16, device="cuda")
+        assert PRODUCTS["int4"](x, packed, None, scales).shape == (5, 80)
+    q = torch.randint(0, 16, (6, 8), dtype=torch.int32)
+    both = quantized.pairs(q).int()
+    assert torch.equal(torch.stack((both // 16, both % 16), -1).flatten(1), q)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_on_a_gpu(kind):
+    weight, x = torch.randn(80, 2 * GROUP).bfloat16(), torch.randn(5, 2 * GROUP).bfloat16()
+    plain = dequantize(levels(weight, kind))
+    packed, scales = quantize(weight.cuda(), kind)
+    ours = PRODUCTS[kind](x.cuda(), packed, None, scales).cpu()
+    torch.testing.assert_close(ours.float(), x.float() @ plain.T, rtol=0.02, atol=0.1)
 
 
 def test_large_matrices_of_the_decoder_are_packed(folder, monkeypatch):

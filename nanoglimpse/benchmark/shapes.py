@@ -98,7 +98,7 @@ def random_engine(args: argparse.Namespace, quantize: str | None) -> Engine:
     ops, config = select(args.backend, device), parse_config(shape_config(args), args.shape)
     dtype = find_dtype(args.dtype, device, config)
     if quantize:
-        check_quantized(quantize, device)
+        check_quantized(quantize, device, dtype)
     model = skeleton(config, ops)
     vision, decoder = model["vision"], model["decoder"]
 
