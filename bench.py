@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", help="(default: auto)")
     p.add_argument("--backend", default="auto", help="of the kernels (default: auto)")
     p.add_argument("--quantize", choices=KINDS, help="decoder weights in few bits")
+    p.add_argument(
+        "--fold-pixels", action="store_true", help="pixels normalised in the patch embedding"
+    )
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     p.add_argument("--alone", action="store_true", help="without transformers")
     p.add_argument("--kernels", action="store_true", help="time operations instead of answers")

@@ -146,6 +146,11 @@ def parser() -> Parser:
         "--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)"
     )
     run.add_argument("--quantize", choices=QUANTIZED, help="weights of the decoder in few bits")
+    run.add_argument(
+        "--fold-pixels",
+        action="store_true",
+        help="normalise pixels inside the patch embedding: exact to rounding, and faster",
+    )
     run.add_argument("--backend", default="auto", help="of the kernels: auto, torch or triton")
     run.add_argument(
         "--overlay",
@@ -352,6 +357,7 @@ def _load(args: argparse.Namespace) -> Engine:
         dtype=args.dtype,
         backend=args.backend,
         quantize=args.quantize,
+        fold_pixels=args.fold_pixels,
         progress=(lambda done, total: None) if args.quiet else Progress(args.model),
     )
     took = time.perf_counter() - started

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .config import Config, read_json
 from .errors import NanoglimpseError, UsageError
+from .pixels import PixelConfig, joined, patchify
 from .rope import Grid, mrope_positions, visual_mask
 
 
@@ -28,7 +29,7 @@ class Clip(ABC):
 
     @abstractmethod
     def preprocess(
-        self, min_pixels: int | None, max_pixels: int | None, config: "PixelConfig"
+        self, min_pixels: int | None, max_pixels: int | None, config: PixelConfig
     ) -> tuple[Tensor, Grid, float]:
         """Patches and grid as `preprocess_image`, and the seconds that a pair of frames lasts."""
 
@@ -39,28 +40,10 @@ SYSTEM = "You are a helpful assistant."
 MAX_ASPECT = 200
 
 
-@dataclass(frozen=True)
-class PixelConfig:
-    """preprocessor_config.json; the defaults are those of the released Qwen2.5-VL checkpoints."""
-
-    min_pixels: int = 56 * 56
-    max_pixels: int = 12845056
-    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-
-
 def pictures_of(images: Visual | Sequence[Visual]) -> list[Path | Image.Image | Clip]:
     """One picture or several as a list; names become paths, so that no text is among them."""
     images = [images] if isinstance(images, Visual) else images
     return [Path(image) if isinstance(image, str) else image for image in images]
-
-
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other; one alone is not copied."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def load_picture(picture: Picture) -> Image.Image:
@@ -152,7 +135,7 @@ def preprocess_image(
 
     Returns:
         patches fp32 [P, channels · frames · side²], the one frame repeated, and the grid (t, h, w)
-        in patches.
+        in patches; uint8 [P, channels · side²] if the configuration says raw.
 
     Raises:
         UsageError, NanoglimpseError: see `load_picture` and `smart_resize`.
@@ -170,28 +153,6 @@ def preprocess_image(
     return patchify([image], grid, config), grid
 
 
-def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> Tensor:
-    """Patches fp32 [h · w, channels · frames · side²] of a picture, or of a pair of frames.
-
-    Args:
-        frames: one picture, which is repeated, or as many as make a temporal patch; RGB, as large
-            as the grid.
-        grid: (1, h, w).
-        config: mean, deviation and patch sizes.
-    """
-    side, merge = config.patch_size, config.merge_size
-    units = []
-    for frame in frames:
-        pixels = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
-        pixels = pixels.view(grid[1] // merge, merge, side, grid[2] // merge, merge, side, 3)
-        units.append(pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side))
-    # Rounded as transformers rounds: x / 255, then the mean, then the deviation, all in fp32.
-    mean, std = (torch.tensor(c)[:, None, None] for c in (config.image_mean, config.image_std))
-    patches = torch.cat(units, 2).float().div_(255).sub_(mean).div_(std)
-    # A still picture is normalised before it is repeated.
-    return patches.expand(-1, -1, config.temporal_patch_size, -1).flatten(1)
-
-
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked: T tokens, of which N stand for visual tokens.
@@ -200,7 +161,7 @@ class Prompt:
         token_ids: int64 [T], a placeholder for every visual token.
         positions: int64 [3, T], M-RoPE ids on the axes time, height, width.
         visual: bool [T], the placeholders.
-        patches: fp32 [P, patch_dim] of all images and videos in order of appearance.
+        patches: of all images and videos in order of appearance, fp32 [P, patch_dim]; or raw.
         grids: (t, h, w) in patches of each of them.
     """
 
@@ -227,7 +188,8 @@ class Prompt:
 
         Args:
             token_ids: [T]; every visual token has a placeholder, image or video by its id.
-            patches: [P, patch_dim], as `preprocess_image` makes them, in order of appearance.
+            patches: [P, patch_dim], in order of appearance; or uint8 as `preprocess_image` makes
+                raw ones, [P, patch_dim] or of one frame each.
             grids: (t, h, w) in patches of each image and video, in order of appearance.
             seconds_per_grid: seconds between temporal patches, for all videos or each; 1 if None.
             config: of the model.
@@ -249,6 +211,9 @@ class Prompt:
         if any(h % vision.spatial_merge_size or w % vision.spatial_merge_size for _, h, w in sizes):
             raise UsageError(f"grids {sizes} are not in whole visual tokens")
         expected = [sum(math.prod(grid) for grid in sizes), vision.patch_dim]
+        one = vision.patch_dim // vision.temporal_patch_size
+        if patches.dtype == torch.uint8 and patches.shape[1:] == (one,):
+            expected[1] = one
         if list(patches.shape) != expected:
             raise UsageError(f"patches have shape {list(patches.shape)}, the grids need {expected}")
         positions = mrope_positions(ids, sizes, config, seconds)
@@ -260,7 +225,7 @@ class Prompt:
             torch.cat((self.token_ids, other.token_ids)),
             torch.cat((self.positions, other.positions + self.positions.max() + 1), dim=1),
             torch.cat((self.visual, other.visual)),
-            torch.cat((self.patches, other.patches)),
+            joined((self.patches, other.patches)),
             self.grids + other.grids,
         )
 
@@ -333,7 +298,7 @@ class Processor:
             filled += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
         return Prompt.from_tokens(
             self.encode(filled),
-            pack(patches) if patches else None,
+            joined(patches) if patches else None,
             grids,
             seconds,
             config=config,
@@ -419,7 +384,8 @@ def _pixel_config(path: Path, config: Config) -> PixelConfig:
     size = data.get("size") or {}
     sides = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
     found = {new: size[old] for new, old in sides.items() if old in size}
-    found |= {f.name: data[f.name] for f in fields(PixelConfig) if data.get(f.name) is not None}
+    names = [f.name for f in fields(PixelConfig) if f.name != "raw"]
+    found |= {name: data[name] for name in names if data.get(name) is not None}
     for name in ("image_mean", "image_std"):
         if name in found:
             found[name] = tuple(found[name])

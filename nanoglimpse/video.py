@@ -17,16 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import NanoglimpseError, UsageError
-from .processor import (
-    Clip,
-    Picture,
-    PixelConfig,
-    flatten,
-    load_picture,
-    open_picture,
-    patchify,
-    smart_resize,
-)
+from .pixels import PixelConfig, patchify
+from .processor import Clip, Picture, flatten, load_picture, open_picture, smart_resize
 from .rope import Grid
 
 FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
@@ -90,7 +82,7 @@ class Video(Clip):
     def preprocess(
         self, min_pixels: int | None, max_pixels: int | None, config: PixelConfig
     ) -> tuple[Tensor, Grid, float]:
-        """Patches fp32 [t · h · w, patch_dim], grid (t, h, w), and seconds a temporal patch."""
+        """Patches [t · h · w, patch_dim], grid (t, h, w), and seconds a temporal patch."""
         together, side = config.temporal_patch_size, config.patch_size
 
         def fit(frame: Image.Image, count: int) -> Image.Image:

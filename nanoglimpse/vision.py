@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .config import VisionConfig
 from .kernels.ops import Ops, Packing, Rope
 from .layers import MLP, Linear, Merger, Module, RMSNorm
+from .pixels import FoldedEmbedding, PixelConfig, normalise
 from .rope import Grid, axial_rope
 
 
@@ -155,6 +156,24 @@ class VisionEncoder(Module):
         self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config, ops) for _ in range(config.depth))
         self.merger = Merger(config.hidden_size, config.merge_unit, config.out_hidden_size, ops)
+        self.pixels, self.folded = PixelConfig(), None
+
+    def take_pixels(self, config: PixelConfig, fold: Ops | None = None) -> None:
+        """What raw patches are to be normalised by; folded into the embedding if `fold` is given.
+
+        Folding is exact to rounding, and saves passes over the pixels and, of stills, half of the
+        embedding.
+        """
+        self.pixels = config
+        self.folded = FoldedEmbedding(self.patch_embed, config, fold) if fold else None
+
+    def embed(self, patches: Tensor) -> Tensor:
+        """Patches, normalised or raw, to [P, Cv]."""
+        if patches.dtype == torch.uint8:
+            if self.folded:
+                return self.folded(patches)
+            patches = normalise(patches, self.pixels)
+        return self.patch_embed(patches.to(self.patch_embed.weight.dtype))
 
     def forward(
         self,
@@ -166,7 +185,8 @@ class VisionEncoder(Module):
         """Encodes images and videos, packed one after the other.
 
         Args:
-            patches: [P, patch_dim], each grid's patches in merge units, as the processor does.
+            patches: [P, patch_dim], each grid's patches in merge units, as the processor does; or
+                raw ones.
             grids: (t, h, w) in patches.
             taps: blocks whose output is wanted (paper Sec. 4, "hierarchical visual features").
             watch: is filled with what it wants to know of blocks on the way.
@@ -177,7 +197,7 @@ class VisionEncoder(Module):
         """
         plan = layout(tuple(grids), self.config, patches.device)
         unit, full = self.config.merge_unit, self.config.fullatt_block_indexes
-        x = self.patch_embed(patches.to(self.patch_embed.weight.dtype))[plan.patches]
+        x = self.embed(patches)[plan.patches]
         tapped = {}
         for index, block in enumerate(self.blocks):
             if watch and index in watch.blocks:

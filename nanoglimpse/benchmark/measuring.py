@@ -98,6 +98,7 @@ def machine(args: argparse.Namespace, engine: Engine, roofs: Roofs) -> dict:
         "threads": torch.get_num_threads(),
         "dtype": str(engine.dtype)[6:],
         "quantize": engine.quantized,
+        "fold_pixels": engine.vision.folded is not None,
         "backend": args.backend,
         "model": args.shape or args.model,
         "layers": engine.config.text_config.num_hidden_layers,

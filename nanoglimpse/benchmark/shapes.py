@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Config, GlimpseConfig, parse_config, read_json
 from ..decoder import Decoder
-from ..engine import Engine, find_device, find_dtype, load
+from ..engine import Engine, find_device, find_dtype, load, take_raw
 from ..glimpse import Glimpse
 from ..kernels.ops import Ops, select
 from ..kernels.quantized import check as check_quantized
@@ -34,6 +34,7 @@ def stored_engine(args: argparse.Namespace) -> Engine:
         device=args.device,
         backend=args.backend,
         quantize=args.quantize,
+        fold_pixels=args.fold_pixels,
     )
     if not engine.processor.tokenizer:
         engine.processor = Untokenized(engine.processor.folder, engine.config)
@@ -110,12 +111,13 @@ def random_engine(args: argparse.Namespace, quantize: str | None) -> Engine:
 
     source = random_tensors(model, device, dtype)
     fill(model, source, parts(model), lambda name: False, dtype, device, whole)
+    processor = Untokenized(SHAPES, config)
+    take_raw(processor, vision, ops, args.fold_pixels)
     vision.pack(ops)
     decoder.pack(ops)
     glimpse = random_glimpse(config, ops, device, dtype)
     # Answers that may end do so at different places, half of them before half of their room.
     eos = frozenset(range(0, config.text_config.vocab_size, max(args.new // 2, 2)))
-    processor = Untokenized(SHAPES, config)
     return Engine(args.shape, config, vision, decoder, glimpse, processor, eos, ops, quantize)
 
 

@@ -41,7 +41,7 @@ class Batch:
     """B pictures of one size with n questions each, as packed rows; see `Branches`.
 
     Attributes:
-        patches: fp32 [P, patch_dim] of all pictures.
+        patches: [P, patch_dim] of all pictures, fp32 or raw.
         grids: of the pictures.
         layout: of the rows.
         token_ids: int64 [T]; behind a branch's end, padding.
@@ -69,13 +69,14 @@ class Batch:
     located: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """The batch on a device, patches in `dtype`."""
+        """The batch on a device, patches in `dtype` unless they are raw."""
         moved = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        moved["patches"] = moved["patches"].to(dtype)
+        if self.patches.is_floating_point():
+            moved["patches"] = moved["patches"].to(dtype)
         return replace(self, **moved)
 
 
