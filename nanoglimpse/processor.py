@@ -89,7 +89,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def smart_resize(
@@ -148,7 +148,8 @@ def preprocess_image(
     image = load_picture(picture)
     side, merge = config.patch_size, config.merge_size
     height, width = smart_resize(image.height, image.width, side * merge, low, high)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     grid = (1, height // side, width // side)
     return patchify([image], grid, config), grid
 

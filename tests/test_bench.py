@@ -75,7 +75,16 @@ def test_arms_side_by_side(bench, shape, capsys, tmp_path):
         assert list(case["arms"])[2].startswith("transformers")
         assert dense["kv_rows"] == 6 * case["batch"] * (24 + 12 + 2)
         assert pruned["kv_rows"] == 6 * case["batch"] * (6 + 12 + 2)
-        stages = {"preprocess", "vision", "prefill < 4", "score", "keep", "prefill ≥ 4", "lm_head"}
+        stages = {
+            "pixels",
+            "preprocess",
+            "vision",
+            "prefill < 4",
+            "score",
+            "keep",
+            "prefill ≥ 4",
+            "lm_head",
+        }
         assert stages | {"first token", "a token", "end to end"} <= pruned.keys()
         assert peer["ms"]["first token"] > 0
         assert ("further question" in dense) == (case["batch"] == 1)

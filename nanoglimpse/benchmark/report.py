@@ -7,7 +7,7 @@ from .arms import Ours
 from .cases import Case
 from .work import Cost
 
-BETWEEN = ("preprocess", "vision", "all prefill", "first token", "a token", "end to end")
+BETWEEN = ("pixels", "preprocess", "vision", "all prefill", "first token", "a token", "end to end")
 
 
 def report(case: Case) -> dict:
@@ -36,7 +36,8 @@ def _arm(case: Case, name: str) -> dict:
     for stage in [s for s in case.figures[name] if s not in ("memory", "tokens")]:
         value, cost, floor = case.middle(name, stage), costs.get(stage), floors.get(stage)
         share = value * (case.args.new - 1 if stage == "a token" else 1) / total
-        asked = stage.endswith("question")  # in a session, beside the answer and no share of it
+        # Questions to a session stand beside the answer, and pixels are a part of preprocessing.
+        asked = stage.endswith("question") or stage == "pixels"
         rows.append(
             [
                 named(stage),
