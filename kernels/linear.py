@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# oneDNN reads a bf16 matrix a tenth faster for so many rows than for one, on a Zen 4 core.
+SEVERAL = 5
+
 
 def pack(weight: Tensor) -> Tensor:
     """The matrix in oneDNN's own layout, opaque to all but `linear`; dense where it has none.
@@ -35,9 +38,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         [T, out]
     """
-    if weight.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    product = torch.ops.mkldnn._linear_pointwise
+    if x.dtype == torch.bfloat16 and len(x) == 1:
+        return product(x.expand(SEVERAL, -1), weight, bias, "none", [], "")[:1]
+    return product(x, weight, bias, "none", [], "")
 
 
 def _packs(dtype: torch.dtype) -> bool:

@@ -190,7 +190,16 @@ class Decoder(Module):
         return self.lm_head(normed)
 
     def pack(self, ops: Ops) -> None:
-        """Lays matrices out for products, those that are large enough for single rows to gain."""
+        """Lays matrices out for products, those that are large enough for single rows to gain.
+
+        A table that is the head as well is held twice: looked up as it is, multiplied laid out.
+        """
+        table = self.embed_tokens.weight
+        if self.lm_head is None and table.nbytes >= LARGE:
+            packed = ops.pack(table)
+            if packed is not table:
+                self.lm_head = Linear(0, 0, bias=False)
+                self.lm_head.take(packed, ops)
         for module in self.modules():
             if isinstance(module, Linear) and not module.opaque and module.weight.nbytes >= LARGE:
                 module.pack(ops)

@@ -73,9 +73,12 @@ class Linear(Module):
 
     def pack(self, ops: Ops) -> None:
         """Lays the matrix out as `ops` likes it best."""
-        self.weight = ops.pack(self.weight)
-        self.product = ops.linear
-        self.opaque = self.weight.is_mkldnn
+        self.take(ops.pack(self.weight), ops)
+
+    def take(self, packed: nn.Parameter, ops: Ops) -> None:
+        """Takes a matrix that `ops` has laid out."""
+        self.weight, self.product = packed, ops.linear
+        self.opaque = packed.is_mkldnn
 
     def quantize(self, weight: Tensor, kind: str) -> dict[str, Tensor]:
         """Takes the matrix in 8 or 4 bits; what the layer then holds in its place, by name."""

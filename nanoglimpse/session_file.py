@@ -225,6 +225,8 @@ def fingerprint(engine: Engine) -> str:
         parts["glimpse"] = engine.glimpse
     for part, module in parts.items():
         for name, parameter in module.named_parameters():
+            if engine.config.tie_word_embeddings and name.startswith("lm_head"):
+                continue  # the table once more, as this device multiplies it
             # What a CPU has packed for its products has another layout, but the same values.
             weight = parameter.to_dense() if parameter.is_mkldnn else parameter.detach()
             values = weight.flatten()[:: max(weight.numel() // SAMPLES, 1)].float().tolist()

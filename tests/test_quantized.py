@@ -5,15 +5,18 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanoglimpse import Prompt, UsageError, load
 from nanoglimpse.config import read_config
 from nanoglimpse.decoder import Decoder
 from nanoglimpse.kernels import quantized
+from nanoglimpse.kernels.linear import linear, pack
 from nanoglimpse.kernels.ops import TORCH
 from nanoglimpse.kernels.quantized import GROUP, KINDS, PRODUCTS, dequantize, levels, quantize
 from nanoglimpse.layers import Linear
+from nanoglimpse.session_file import fingerprint
 from nanoglimpse.weights import checkpoint
 from nanoglimpse.weights.names import Part, canonical, parts
 
@@ -230,3 +233,33 @@ def test_large_matrices_of_the_decoder_are_packed(folder, monkeypatch):
     prompt = ours_prompt(packed)
     ours, theirs = (engine.prefill(prompt, "dense").logits for engine in (packed, dense))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_that_is_the_head_is_packed_beside_it(tmp_path, monkeypatch):
+    """And a session's file does not mind."""
+    write_checkpoint(tmp_path, CONFIG | {"tie_word_embeddings": True})
+    dense = load(tmp_path, dtype="float32", device="cpu")
+    assert dense.decoder.lm_head is None
+    monkeypatch.setattr("nanoglimpse.decoder.LARGE", 144 * 64 * 4)
+    packed = load(tmp_path, dtype="float32", device="cpu")
+    if not packed.vision.patch_embed.opaque:
+        pytest.skip("this CPU has no layout of its own")
+    assert packed.decoder.lm_head.opaque
+    assert torch.equal(packed.decoder.embed_tokens.weight, dense.decoder.embed_tokens.weight)
+    prompt = ours_prompt(packed)
+    ours, theirs = (engine.prefill(prompt, "dense").logits for engine in (packed, dense))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert fingerprint(packed) == fingerprint(dense)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_product_of_few_rows(rows, dtype):
+    weight, bias = torch.randn(300, 200).to(dtype), torch.randn(300).to(dtype)
+    x = torch.randn(rows, 200).to(dtype)
+    ours = linear(x, pack(nn.Parameter(weight, requires_grad=False)), bias)
+    theirs = F.linear(x, weight, bias)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert ours.shape == exact.shape
+    errors = [(out.double() - exact).norm() for out in (ours, theirs)]
+    assert errors[0] <= 2 * errors[1]
