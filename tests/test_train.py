@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,16 @@ from nanoglimpse.rope import mrope
 from nanoglimpse.train import base
 from nanoglimpse.train.__main__ import main
 from nanoglimpse.train.base import (
-    CURRICULUM,
     BaseTask,
-    Draw,
-    Stage,
     ask,
     asked,
     look_loss,
     write_folder,
 )
 from nanoglimpse.train.branches import OPS, visual_logits
+from nanoglimpse.train.curriculum import CURRICULA, Draw, Stage
 from nanoglimpse.train.data import File, World, domains_of
-from nanoglimpse.train.dense import CHARACTERS, FIELDS, targets
+from nanoglimpse.train.dense import CHARACTERS, FIELDS, NAME_LENGTH, DenseHead, targets
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
 from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
 from nanoglimpse.train.loop import Recipe, train
@@ -508,6 +507,31 @@ def test_characters_are_read_where_they_are_printed():
     }
 
 
+def test_a_named_thing_is_known_where_its_value_is():
+    """A row of four cells: the name on the first, the value on the last, nothing between them."""
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "9", ((0, 0, 0.25, 1), (0.75, 0, 1, 1)))
+    picture = type("Picture", (), {"items": (item,)})
+    wanted = targets(picture, (1, 2, 8), 2)[0][:, 0]
+    name, value = wanted[:, 2 : 2 + NAME_LENGTH], wanted[:, 2 + NAME_LENGTH :]
+    spelled, nine = [1, 2, 0, 0], [10, 0, 0, 0, 0, 0]
+    assert wanted[:, 0].unique().tolist() == [8]
+    assert name.tolist() == [spelled, [-100] * 4, [-100] * 4, spelled]
+    assert value.tolist() == [[-100] * 6, [-100] * 6, [-100] * 6, nine]
+
+
+def test_what_is_ignored_trains_nothing():
+    head = DenseHead(4)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    wanted = torch.full((3, 2, len(FIELDS)), -100)
+    wanted[..., 0] = 2
+    weights, printed = torch.ones(3, 2), torch.zeros(3, len(CHARACTERS))
+    head(torch.randn(3, 4), wanted, weights, printed)[0].backward()
+    rows = head.things.weight.grad.view(2, sum(FIELDS), 4).abs().sum((0, 2))
+    assert bool((rows[: FIELDS[0]] > 0).all())
+    assert not bool(rows[FIELDS[0] :].any())
+
+
 @pytest.mark.parametrize(
     ("reply", "short", "right"),
     [
@@ -527,10 +551,10 @@ def test_what_counts_as_right(reply, short, right):
     assert contains(reply, short) is right
 
 
-def test_the_curriculum_can_be_drawn(folder):
+@pytest.mark.parametrize("name", CURRICULA)
+def test_a_curriculum_can_be_drawn(name):
     """Every kind of picture of every stage, with as many questions as it wants."""
-    assert sum(stage.share for stage in CURRICULUM) == pytest.approx(1)
-    for stage in CURRICULUM:
+    for stage in CURRICULA[name]:
         for draw in stage.draws:
             for canvas in draw.canvases:
                 picture = render(
@@ -541,11 +565,22 @@ def test_the_curriculum_can_be_drawn(folder):
 
 
 def test_micro_batches_take_about_the_same_work():
-    stage = CURRICULUM[-1]
+    stage = CURRICULA["whole"][-1]
     for draw in stage.draws:
         for width, height in draw.canvases:
             each = width * height // 28**2 + 8 * stage.questions
             assert stage.work - each < stage.pictures((width, height)) * each <= stage.work
+
+
+def test_what_is_drawn_often(folder):
+    """By its weight; a canvas tells here which draw it was."""
+    sides = {112: 1, 140: 6, 168: 3}
+    draws = [Draw("scene", ((side, 112),), (1, 1), often=often) for side, often in sides.items()]
+    stage = Stage(1, 40, 0, (1, 1), tuple(draws))
+    task = BaseTask(folder, [stage], 300, 0, torch.device("cpu"), torch.float32)
+    drawn = Counter(task.batch(micro).grids[0][2] * 14 for micro in range(300))
+    for side, often in sides.items():
+        assert drawn[side] == pytest.approx(30 * often, abs=25)
 
 
 def test_a_base_run_of_some_domains(tmp_path):
@@ -554,19 +589,19 @@ def test_a_base_run_of_some_domains(tmp_path):
     options = ["--steps", "1", "--domains", "chart", "--dtype", "float32", "--device", "cpu"]
     assert main(["base", str(tmp_path), *options]) == 0
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    first = CURRICULUM[1]
+    first = CURRICULA["whole"][1]
     charts = [draw for draw in first.draws if draw.domain == "chart"]
     assert lines[0]["samples"] in {first.pictures(canvas) for canvas in charts[0].canvases}
     assert set(lines[-1]["heldout"]) == {"chart", "chart brief"}
 
 
 def test_a_base_run_begins_with_another(tmp_path, capsys):
-    """With its weights and tokenizer, and where the curriculum is nearly at its end."""
+    """With its weights and tokenizer."""
     first, second = tmp_path / "first", tmp_path / "second"
     write_folder(first, SHAPE, 0, pictures=40)
     options = ["--steps", "1", "--domains", "scene", "--dtype", "float32", "--device", "cpu"]
     assert main(["base", str(first), *options, "--lr", "1e-3"]) == 0
-    init = ["base", str(second), *options, "--init", str(first)]
+    init = ["base", str(second), *options, "--init", str(first), "--curriculum", "late"]
     assert main([*init, "--lr", "0"]) == 0
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (second / name).read_bytes() == (first / name).read_bytes(), name

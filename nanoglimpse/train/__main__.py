@@ -13,8 +13,9 @@ from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import load
 from ..errors import NanoglimpseError, UsageError
 from ..world import DOMAINS
-from .base import CURRICULUM, BaseTask, copy_folder, write_folder
+from .base import BaseTask, copy_folder, write_folder
 from .branches import OPS
+from .curriculum import CURRICULA
 from .data import File, World, domains_of
 from .glimpse import GlimpseTask, Losses
 from .loop import SCHEDULES, Recipe, Task, processes, train
@@ -62,7 +63,13 @@ def _parser() -> argparse.ArgumentParser:
         "--init",
         type=Path,
         metavar="RUN",
-        help="go on from the weights of this run, with its tokenizer, in the last two stages",
+        help="go on from the weights of this run, with its tokenizer",
+    )
+    base.add_argument(
+        "--curriculum",
+        choices=CURRICULA,
+        default="whole",
+        help="from nothing, its last two stages, or to read small print (default: whole)",
     )
     base.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
@@ -177,7 +184,7 @@ def _base(args: argparse.Namespace) -> int:
             work=args.scale * stage.work,
             draws=tuple(draw for draw in stage.draws if draw.domain in args.domains),
         )
-        for stage in CURRICULUM[-2 if args.init else 0 :]
+        for stage in CURRICULA[args.curriculum]
     ]
     stages = [stage for stage in stages if stage.draws]
     task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)

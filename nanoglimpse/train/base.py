@@ -24,9 +24,9 @@ from ..processor import Processor, preprocess_image
 from ..rope import mrope
 from ..vision import VisionEncoder
 from ..world import BRIEF_SUFFIX, SPLITS, Picture, Question, render
-from ..world.picture import CELL
 from . import dense
 from .branches import OPS, Keys, run_layer, visual_logits
+from .curriculum import Stage
 from .examples import IGNORED, Asked, Batch, Example, collate
 from .export import save_base
 from .tokens import CONTROL, tokenizer_config, train_tokenizer
@@ -61,110 +61,6 @@ ASKED_OFTEN = {
     "bar": 3.0,
 }
 BRIEF_SHARE = 0.3
-# Its forty rows pass the decoder; a visual token passes the vision encoder as four patches, too.
-QUESTION_WORK = 8
-
-
-@dataclass(frozen=True)
-class Draw:
-    """One kind of picture: its domain, canvases, number of things and size of objects in pixels."""
-
-    domain: str
-    canvases: tuple[tuple[int, int], ...]
-    things: tuple[int, int] | None = None
-    size: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the run.
-
-    Attributes:
-        share: of the steps, relative to the others.
-        work: of a micro-batch, in visual tokens; a question counts as QUESTION_WORK of them.
-        questions: of a picture; 0 trains the vision encoder alone.
-        aid: weight of the two auxiliary losses, at the stage's beginning and end.
-        draws: what is drawn.
-    """
-
-    share: float
-    work: int
-    questions: int
-    aid: tuple[float, float]
-    draws: tuple[Draw, ...]
-
-    def pictures(self, canvas: tuple[int, int]) -> int:
-        """How many of this canvas a micro-batch takes: processes wait for the slowest."""
-        tokens = (canvas[0] // CELL) * (canvas[1] // CELL)
-        return max(1, self.work // (tokens + QUESTION_WORK * self.questions))
-
-
-def _squares(*sides: int) -> tuple[tuple[int, int], ...]:
-    return tuple((side, side) for side in sides)
-
-
-_LARGE = (
-    *_squares(448, 560, 672),
-    (448, 336),
-    (336, 448),
-    (308, 420),
-    (560, 420),
-    (448, 672),
-    (672, 504),
-)
-CURRICULUM = (
-    Stage(
-        share=0.1,
-        work=512,
-        questions=0,
-        aid=(1.0, 1.0),
-        draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
-    ),
-    Stage(
-        share=0.1,
-        work=1024,
-        questions=0,
-        aid=(1.0, 1.0),
-        draws=(
-            Draw("scene", _squares(112), (1, 1), (44, 106)),
-            Draw("document", ((168, 140), (224, 168)), (2, 4)),
-            Draw("chart", ((168, 168), (224, 168)), (2, 4)),
-        ),
-    ),
-    Stage(
-        share=0.2,
-        work=1100,
-        questions=8,
-        aid=(1.0, 0.7),
-        draws=(
-            Draw("scene", _squares(224), (2, 4), (44, 92)),
-            Draw("document", ((224, 224), (280, 168)), (3, 6)),
-            Draw("chart", ((224, 224), (280, 168)), (3, 4)),
-        ),
-    ),
-    Stage(
-        share=0.35,
-        work=1600,
-        questions=8,
-        aid=(0.7, 0.4),
-        draws=(
-            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6)),
-            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10)),
-            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6)),
-        ),
-    ),
-    Stage(
-        share=0.25,
-        work=1000,
-        questions=8,
-        aid=(0.4, 0.2),
-        draws=(
-            Draw("scene", (*_squares(224, 280, 336), *_LARGE)),
-            Draw("document", (*_squares(280, 336, 392), *_LARGE)),
-            Draw("chart", (*_squares(280, 336, 392), *_LARGE)),
-        ),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -270,7 +166,7 @@ class BaseTask:
         begin = self.ends[index - 1] if index else 0
         done = (micro - begin) / (self.ends[index] - begin)
         rng = random.Random(f"base {self.seed} {micro}")
-        draw = rng.choices(stage.draws)[0]
+        draw = rng.choices(stage.draws, [draw.often for draw in stage.draws])[0]
         canvas = rng.choice(draw.canvases)
         pictures = [
             render(

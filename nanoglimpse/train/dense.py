@@ -3,7 +3,8 @@
 Language alone teaches a vision encoder from scratch slowly: after thousands of pictures the digits
 are still at chance. So a linear head on the visual tokens predicts, for the upper and the lower
 half of each cell, kind, colour, first letters of the name and characters of the value of the thing
-there. All cells of a thing carry all of it: the name's cells the value, and the other way round.
+there. All cells of a thing carry all of it; but where it has a name, only those of its value do, and
+those of the name the name alone: a decoder finds a value by the name, and need not find it twice.
 Reading comes before that: a second head says which characters are printed in a cell, in any order.
 """
 
@@ -27,25 +28,33 @@ SHOWN = {"kind": 0, "colour": 1, "name": 2, "value": 2 + NAME_LENGTH}
 READ_WEIGHT = 2.0
 NOTHING_WEIGHT, THING_WEIGHT, TEXT_WEIGHT = 0.3, 1.0, 5.0
 COVERED, PRINTED = 0.2, 0.4
+IGNORED = -100
 
 
 def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor, Tensor]:
     """What to predict.
 
     Returns:
-        int64 [N, 2, fields], 0 for nothing there; fp32 [N, 2], how much each half counts; and
-        fp32 [N, characters], 1 for those that are printed in a cell.
+        int64 [N, 2, fields], 0 for nothing there, IGNORED for what a half need not know; fp32
+        [N, 2], how much each half counts; and fp32 [N, characters], 1 for those that are printed in
+        a cell.
     """
     height, width = HALVES * grid[1] // merge, grid[2] // merge
     rows = torch.tensor([[0] * len(FIELDS), *(_fields(item) for item in picture.items)])
     things = _cover([item.box for item in picture.items], height, width)
     best, thing = things.max(0)
     thing = torch.where(best > COVERED, thing + 1, 0)
-    printed = _cover([box for item in picture.items for box in item.text_boxes], height, width)
+    texts = [(box, box is item.text_boxes[-1]) for item in picture.items for box in item.text_boxes]
+    most, text = _cover([box for box, _ in texts], height, width).max(0)
+    inked, values = most > COVERED, torch.tensor([is_value for _, is_value in texts])
     weights = torch.where(thing > 0, THING_WEIGHT, NOTHING_WEIGHT)
-    weights[(thing > 0) & (printed.amax(0) > COVERED)] = TEXT_WEIGHT
+    weights[(thing > 0) & inked] = TEXT_WEIGHT
+    wanted = rows[thing]
+    named = torch.tensor([False, *(bool(item.name) for item in picture.items)])[thing]
+    wanted[..., SHOWN["value"] :][named & ~(inked & values[text])] = IGNORED
+    wanted[..., SHOWN["name"] : SHOWN["value"]][named & ~inked] = IGNORED
     printed = _printed(picture, height // HALVES, width)
-    return _by_token(rows[thing], width), _by_token(weights, width), printed
+    return _by_token(wanted, width), _by_token(weights, width), printed
 
 
 def _printed(picture: Picture, height: int, width: int) -> Tensor:
@@ -112,7 +121,8 @@ class DenseHead(nn.Module):
         text = halves == TEXT_WEIGHT
         for field, part in enumerate(logits.split(FIELDS, dim=1)):
             loss = loss + F.cross_entropy(part, wanted[:, field], reduction="none")
-            right.append((part[text].argmax(1) == wanted[text, field]).float())
+            asked = text & (wanted[:, field] != IGNORED)
+            right.append((part[asked].argmax(1) == wanted[asked, field]).float())
         things = loss @ halves / halves.sum()
         guess, cells = self.printed(visual).float(), weights.amax(1)
         wrong = F.binary_cross_entropy_with_logits(guess, printed, reduction="none").sum(1)
