@@ -3,8 +3,8 @@
 Language alone teaches a vision encoder from scratch slowly: after thousands of pictures the digits
 are still at chance. So a linear head on the visual tokens predicts, for the upper and the lower
 half of each cell, kind, colour, first letters of the name and characters of the value of the thing
-there. All cells of a thing carry all of it; but where it has a name, only those of its value do, and
-those of the name the name alone: a decoder finds a value by the name, and need not find it twice.
+there. All cells of a thing carry all of it; but where it has a name, only those of its value do,
+and those of the name the name alone: a decoder finds a value by the name, and once is enough.
 Reading comes before that: a second head says which characters are printed in a cell, in any order.
 """
 
