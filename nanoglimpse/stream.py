@@ -65,7 +65,7 @@ class Stream:
 
     def finish(self) -> Answer:
         """The whole answer, for whom its pieces do not matter."""
-        self._decode = {"ahead": self.engine.ahead} | self._decode
+        self._decode["ahead"] = self.engine.ahead
         for _ in self:
             pass
         return self.answer

@@ -10,9 +10,6 @@ from ..engine import Engine, find_method
 from ..errors import UsageError
 from ..methods import METHODS
 
-# What these keep does not depend on a cap; they run once.
-WITHOUT_CAP = ("dense", "oracle", "nothing", "vtw")
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -58,10 +55,10 @@ def combine(
     every = [name for name, method in METHODS.items() if not method.for_videos]
     names = [name for given in methods for name in (every if given == "all" else [given])]
     for brief, name, ratio in product(forms, names, caps):
-        capped = find_method(name, 1.0).capped
-        if name in WITHOUT_CAP:
+        method = find_method(name, 1.0)
+        if method.fixed:
             ratio = None
-        elif ratio is None and capped:
+        elif ratio is None and method.capped:
             continue
         if (arm := Arm(name, ratio, brief, kv_drop)) not in arms:
             arms.append(arm)

@@ -165,6 +165,7 @@ class Method:
         name: to choose it by.
         about: a line: what it is, where it acts, its source.
         capped: it keeps the best of what `max_ratio` allows, and so needs one.
+        fixed: what it keeps depends on no cap.
         pooled: it chooses once, by `Look.by_rule`, so that `max_frame_ratio` and `anchors` hold.
         needs_hidden: it looks at `Look.hidden`. If not, it looks inside the last layer before a
             stop, which only what it keeps goes through to the end: exact, and nearly a layer less.
@@ -174,6 +175,7 @@ class Method:
     name: str
     about: str
     capped: bool = True
+    fixed: bool = False
     pooled: bool = False
     needs_hidden: bool = True
     for_videos: bool = False

@@ -9,3 +9,4 @@ class Dense(Method):
     name = "dense"
     about = "keeps every visual token"
     capped = False
+    fixed = True

@@ -15,6 +15,7 @@ class Nothing(Method):
     name = "nothing"
     about = "no visual tokens after K = ⌈2L/3⌉ layers; how much is known without them"
     capped = False
+    fixed = True
     needs_hidden = False
 
     def stops(self, engine: "Engine") -> Sequence[int]:

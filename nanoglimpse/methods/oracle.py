@@ -20,6 +20,7 @@ class Oracle(Method):
     name = "oracle"
     about = "the tokens under the ground-truth boxes after K = ⌈2L/3⌉ layers; an upper bound"
     capped = False
+    fixed = True
     pooled = True
     needs_hidden = False
 

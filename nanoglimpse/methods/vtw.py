@@ -19,6 +19,7 @@ class VTW(Method):
     name = "vtw"
     about = "VTW, arXiv 2405.05803: after 15/32 of the layers no visual tokens are left"
     capped = False
+    fixed = True
     needs_hidden = False
 
     def stops(self, engine: "Engine") -> Sequence[int]:
