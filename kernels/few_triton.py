@@ -25,13 +25,13 @@ BLOCK_K, STAGES = 128, 4
 @triton.jit(do_not_specialize=["B", "N"])
 def _few_rows_kernel(
     x,  # [B, K]
-    weight,  # [N, K], twice N if gated
-    bias,  # as many, or None
+    weight,  # [N, K]; twice N if gated, the gate first
     norm,  # [K], or None: x is taken as it is
-    residual,  # [B, N], or None
+    added,  # [B, N], or None: a residual, or a bias whose stride is 0
     out,  # [B, N]
     eps,
     stride_x,
+    stride_added,
     B,
     N,
     K: tl.constexpr,
@@ -67,17 +67,12 @@ def _few_rows_kernel(
         if GATED:
             b_w = tl.load(p_w + N.to(tl.int64) * K + o_k[None, :], m_w, 0.0)
             b_up = tl.dot(b_w, b_x, b_up, input_precision="ieee")
-    if bias is not None:
-        b_acc += tl.load(bias + o_n, m_n, 0.0).to(tl.float32)[:, None]
-        if GATED:
-            b_up += tl.load(bias + N + o_n, m_n, 0.0).to(tl.float32)[:, None]
     if GATED:
         b_acc = b_acc * tl.sigmoid(b_acc) * b_up
-    o_out = o_b.to(tl.int64)[None, :] * N + o_n[:, None]
-    m_out = m_n[:, None] & m_b[None, :]
-    if residual is not None:
-        b_acc += tl.load(residual + o_out, m_out, 0.0).to(tl.float32)
-    tl.store(out + o_out, b_acc.to(dtype), m_out)
+    row, m_out = o_b.to(tl.int64)[None, :], m_n[:, None] & m_b[None, :]
+    if added is not None:
+        b_acc += tl.load(added + row * stride_added + o_n[:, None], m_out, 0.0).to(tl.float32)
+    tl.store(out + row * N + o_n[:, None], b_acc.to(dtype), m_out)
 
 
 def few_rows(
@@ -89,9 +84,14 @@ def few_rows(
     residual: Tensor | None = None,
     product: Callable = F.linear,
 ) -> Tensor:
-    """As the reference, in one launch for up to 16 rows."""
+    """As the reference, in one launch for up to 16 rows.
+
+    What no layer of the decoder asks for is left to the reference: a bias with a gate or a residual
+    sum.
+    """
     others = [y for y in (bias, norm and norm[0], residual) if y is not None]
-    if len(x) > ROWS or product is not F.linear or not served(x, weight, *others):
+    plain = bias is None or not (gated or residual is not None)
+    if len(x) > ROWS or product is not F.linear or not plain or not served(x, weight, *others):
         return reference.few_rows(x, weight, bias, norm, gated, residual, product)
     (rows, inner), outer = x.shape, len(weight) // (1 + gated)
     assert weight.shape == (outer * (1 + gated), inner)
@@ -103,18 +103,18 @@ def few_rows(
         (residual, (rows, outer)),
     ):
         assert y is None or (y.shape == shape and y.is_contiguous())
-    out = x.new_empty(rows, outer)
+    out, added = x.new_empty(rows, outer), residual if bias is None else bias.expand(rows, -1)
     launch(
         _few_rows_kernel,
         (triton.cdiv(outer, COLUMNS),) if rows else (0,),
         x,
         weight,
-        bias,
         norm and norm[0],
-        residual,
+        added,
         out,
         norm[1] if norm else 0.0,
         x.stride(0),
+        0 if added is None else added.stride(0),
         rows,
         outer,
         K=inner,

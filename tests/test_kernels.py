@@ -136,9 +136,10 @@ def exact_few_rows(x, weight, bias, norm, gated, residual):
     ("rows", "columns", "width", "biased", "normed", "gated", "added"),
     [
         (1, 67, 300, True, True, False, False),
+        (6, 40, 200, True, False, False, False),
         (5, 33, 500, False, False, False, True),
-        (16, 48, 140, True, True, True, False),
-        (3, 1, 64, True, False, True, True),
+        (16, 48, 140, False, True, True, False),
+        (3, 70, 300, False, False, True, True),
     ],
 )
 def test_few_rows(dtype, rows, columns, width, biased, normed, gated, added):
@@ -447,6 +448,10 @@ def test_what_has_no_kernel_is_left_to_torch():
     for many in (randn(17, 12), x[0]):
         weight = randn(5, 12, dtype=many.dtype)
         assert torch.equal(TRITON.few_rows(many, weight), TORCH.few_rows(many, weight))
+    row, weight, bias = randn(1, 12), randn(6, 12), randn(6)
+    for more in ({"gated": True}, {"residual": randn(1, 6)}):
+        ours, expected = (ops.few_rows(row, weight, bias, **more) for ops in (TRITON, TORCH))
+        assert torch.equal(ours, expected)
     packing, rope = Packing([7], DEVICE), Rope.of(randn(7, 6))
     assert torch.equal(TRITON.rotate(x, rope), TORCH.rotate(x, rope))
     wide = randn(7, 2, 300)
