@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--backend", default="auto", help="of the kernels (default: auto)")
     p.add_argument("--quantize", choices=KINDS, help="decoder weights in few bits")
     p.add_argument(
+        "--static", action="store_true", help="transformers with a static cache and compiled, too"
+    )
+    p.add_argument(
         "--fold-pixels", action="store_true", help="pixels normalised in the patch embedding"
     )
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")

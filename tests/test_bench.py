@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanoglimpse import cost, load
 from nanoglimpse.benchmark import measuring
+from nanoglimpse.benchmark.arms import Peer, Static
 from nanoglimpse.engine import Engine
 from nanoglimpse.many import Pool
 from nanoglimpse.methods import METHODS
@@ -103,6 +104,32 @@ def test_arms_side_by_side(bench, shape, capsys, tmp_path):
     assert "times as fast as dense" in out.splitlines()[-2]
     with Image.open(figure) as image:
         assert len(image.getcolors(10**6)) > 5
+
+
+def test_transformers_with_a_static_cache(bench, shape, capsys, monkeypatch):
+    """Here without the compilation, which takes half a minute; not timed if it says otherwise."""
+    asked, plain = [], Peer.tokens
+
+    def tokens(self, count, cache_implementation=None, compile_config=None, **options):
+        asked.append((cache_implementation, getattr(compile_config, "_compile_all_devices", None)))
+        return plain(self, count, **options)
+
+    monkeypatch.setattr(Peer, "tokens", tokens)
+    code, out, _ = call(bench, shape, capsys, "--static", "--retain", 0.25)
+    assert code == 0
+    assert set(asked) == {("static", True), (None, None)}
+    (case,) = json.loads(out.splitlines()[-1])["cases"]
+    arms, version = case["arms"], [*case["arms"]][2].split()[1].rstrip(",")
+    assert [*arms][2:] == [
+        f"transformers {version}, SDPA",
+        f"transformers {version}, static cache, compiled",
+    ]
+    assert case["ratios"]["a token"]["engine_static"] > 0
+    assert "engine over static" in out
+    monkeypatch.setattr(Static, "tokens", lambda self, count, **_: torch.zeros(1, count))
+    code, out, _ = call(bench, shape, capsys, "--static", "--retain", 0.25)
+    assert code == 1
+    assert "static cache, compiled differ" in out
 
 
 def test_nothing_is_timed_that_computes_wrong(bench, shape, capsys, monkeypatch):

@@ -150,9 +150,14 @@ class Peer:
         pixels = Qwen2VLImageProcessorPil(**{name: getattr(own, name) for name in names})
         return cls(model.to(engine.device), pixels, transformers.__version__)
 
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"transformers {self.version}, SDPA"
+
     def at(self, task: Task) -> "Peer":
         """The same model on a task."""
-        peer = Peer(self.model, self.pixels, self.version)
+        peer = type(self)(self.model, self.pixels, self.version)
         peer.task = task
         peer.inputs = peer.preprocess()
         return peer
@@ -208,6 +213,24 @@ class Peer:
             "end to end": before + 1000 * tokens[-1],
             "memory": memory.peak(),
         }
+
+
+class Static(Peer):
+    """transformers with a static cache, its decode step compiled, on a CPU as well."""
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return f"transformers {self.version}, static cache, compiled"
+
+    def tokens(self, count: int, **options) -> Tensor:
+        """As `Peer.tokens`."""
+        from transformers import CompileConfig
+
+        compiled = CompileConfig()
+        compiled._compile_all_devices = True
+        static = {"cache_implementation": "static", "compile_config": compiled}
+        return super().tokens(count, **static, **options)
 
 
 class Moments:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..methods import METHODS
-from .arms import Ours, Task
+from .arms import Ours, Static, Task
 from .measuring import say
 from .shapes import Forced, random_engine, stored_engine
 from .work import Cost, Work
@@ -40,7 +40,10 @@ class Case:
         self.arms = {name: Ours(task, method) for name, method in methods(engine, args).items()}
         self.peer = peer.at(task) if peer else None
         if self.peer:
-            self.arms[f"transformers {peer.version}, SDPA"] = self.peer
+            self.arms[peer.name] = self.peer
+            if args.static:
+                static = Static(peer.model, peer.pixels, peer.version).at(task)
+                self.arms[static.name] = static
 
     def faults(self) -> list[str]:
         """What computes something else than it should."""
@@ -61,6 +64,10 @@ class Case:
                 steps = self.engine.decode_many(dense.prefill(count), count, ignore_eos=True)
                 if list(map(list, zip(*steps, strict=True))) != self.peer.tokens(count).tolist():
                     found.append("tokens differ from transformers'")
+            for name, arm in self.arms.items():
+                if isinstance(arm, Static):
+                    same = torch.equal(arm.tokens(self.args.new), self.peer.tokens(self.args.new))
+                    found += [] if same else [f"tokens of {name} differ"]
         if self.engine.glimpse:
             METHODS["all"] = Forced(1.0)
             check("keeping all and dense", Ours(self.task, "all").prefill(2).logits, logits)

@@ -16,9 +16,9 @@ def report(case: Case) -> dict:
     ours = [name for name, arm in case.arms.items() if isinstance(arm, Ours)]
     entry = {"title": case.title, "visual_tokens": case.visual, "batch": case.task.batch}
     entry["arms"] = {name: _arm(case, name) for name in ours}
-    if case.peer:
-        name = [*case.arms][-1]
-        entry["arms"][name] = {"ms": {s: _rounded(case, name, s) for s in BETWEEN}}
+    for name in case.arms:
+        if name not in ours:
+            entry["arms"][name] = {"ms": {s: _rounded(case, name, s) for s in BETWEEN}}
     entry["ratios"] = _ratios(case, ours)
     return entry
 
@@ -78,11 +78,12 @@ def _conventions(case: Case, arm: Ours, costs: dict[str, Cost]) -> dict:
 
 def _ratios(case: Case, ours: list[str]) -> dict:
     """Speed-ups, of the engine over transformers and of pruning over dense, and ceilings."""
-    peer = [*case.arms][-1] if case.peer else None
+    peer, *others = [name for name, arm in case.arms.items() if not isinstance(arm, Ours)] or [None]
     dense_floor, result, rows = case.floors(case.arms["dense"]), {}, []
     head = [""]
     if peer:
         head += ["engine over transformers", "ceiling"]
+    head += ["engine over static"] * len(others)
     for name in ours[1:]:
         head += [f"{name} over dense", "ceiling"] + (["over transformers"] if peer else [])
     for stage in BETWEEN:
@@ -92,6 +93,9 @@ def _ratios(case: Case, ours: list[str]) -> dict:
             floor = dense_floor.get(stage)
             entry["engine_ceiling"] = case.middle(peer, stage) / floor if floor else None
             row += [shown(entry["engine"]), shown(entry["engine_ceiling"])]
+        for other in others:
+            entry["engine_static"] = _ratio(case, other, "dense", stage)
+            row += [shown(entry["engine_static"])]
         for name in ours[1:]:
             floor = case.floors(case.arms[name]).get(stage)
             entry[name] = _ratio(case, "dense", name, stage)
