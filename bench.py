@@ -88,9 +88,12 @@ def run(args: argparse.Namespace) -> int:
     """Builds, measures the roofs, then kernels or cases."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    counts = (*args.batch, *(args.ragged or ()), *args.visual_tokens)
+    layers = () if args.layers is None else (args.layers,)
+    counts = (*args.batch, *(args.ragged or ()), *args.visual_tokens, *layers)
     if min(args.new, args.rounds, args.text, *counts) < 1 or args.new < 2:
-        raise UsageError("counts, rounds, text and visual tokens are at least 1, new at least 2")
+        raise UsageError(
+            "counts, rounds, layers, text and visual tokens are at least 1, new at least 2"
+        )
     if args.ragged and args.plot:
         raise UsageError("--plot draws prefill and decode, which --ragged does not time apart")
     if not all(0 < share <= 1 for share in args.retain or ()):

@@ -254,6 +254,7 @@ def test_accuracy_in_few_bits(bench, shape, capsys):
     [
         (("--retain", "0"), "retain"),
         (("--new", "1"), "new at least 2"),
+        (("--layers", "0"), "rounds, layers, text"),
         (("--ragged", "4", "0"), "counts"),
         (("--ragged", "4", "--plot", "x.png"), "--plot"),
         (("--shape", "no.json"), "no.json"),
