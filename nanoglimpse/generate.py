@@ -213,11 +213,11 @@ def run(args: argparse.Namespace) -> int:
     _check_early(args, images)
     note = _note(args)
     engine = _load(args)
-    layout, pruning = _prompt_options(args), _prefill_options(args)
     decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
     if talks:
         return _talk(args, engine, images, decoding)
-    stream = engine.stream(images, question, prompt_options=layout, **pruning, **decoding)
+    reading = {"prompt_options": _prompt_options(args), **_prefill_options(args)}
+    stream = engine.stream(images, question, **reading, **decoding)
     interrupted = False
     try:
         for piece in stream:

@@ -661,6 +661,19 @@ def test_files_of_both_layouts_are_the_same_data(tmp_path):
         assert a.image.tobytes() == b.image.tobytes()
 
 
+def test_brief_prompts_are_the_same_questions():
+    free, some, brief = (World(("scene",), 1, 3, 0, brief=share) for share in (0, 0.5, 1))
+    forms = []
+    for micro in range(12):
+        (a,), (b,), (c,) = (source.examples(micro) for source in (free, some, brief))
+        assert [x.question for x in c.asked] == [x.question + BRIEF_SUFFIX for x in a.asked]
+        assert [x.answer for x in c.asked] == [x.short for x in a.asked]
+        assert a.image.tobytes() == b.image.tobytes()
+        assert b.asked in (a.asked, c.asked)
+        forms.append(b.asked == c.asked)
+    assert 2 <= sum(forms) <= 10
+
+
 def test_an_epoch_visits_every_row_once(tmp_path):
     render(0, 0, domain="scene", canvas=(112, 112)).image.save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": str(i), "answer": "7", "boxes": []} for i in range(30)]
@@ -691,6 +704,8 @@ BAD = {
     ),
     "no domain": (None, ["--data", "world:zoo"], "no domain zoo"),
     "no end": (None, ["--data", "world"], "how many --steps"),
+    "share": (None, ["--brief", "2"], "--brief 2 is no share"),
+    "share of a file": (None, ["--data", "a.jsonl", "--brief", "1"], "a file has its own prompts"),
     "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
     "dtype": (None, ["--dtype", "float16"], "cannot be trained in"),

@@ -88,11 +88,18 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         default="world:scene",
-        help="world, world:DOMAINS or a .jsonl (world:scene)",
+        help="world, world:DOMAINS (scene,chart; twice is twice as often) or a .jsonl "
+        "(default: world:scene)",
     )
     add("--images", type=Path, help="folder of a file's pictures (default: the file's own)")
     add("--pictures", type=int, default=8, help="of the world in a micro-batch (default: 8)")
     add("--questions", type=int, default=8, help="about each of them (default: 8)")
+    add(
+        "--brief",
+        type=float,
+        default=0.0,
+        help="share of the world's micro-batches that ask for a single word (default: 0)",
+    )
     add("--layer", type=int, help="K, layers before pruning (default: two thirds of all)")
     add(
         "--taps",
@@ -201,10 +208,15 @@ def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
+    if not 0 <= args.brief <= 1:
+        raise UsageError(f"--brief {args.brief:g} is no share; give 0 to 1")
     if args.data.partition(":")[0] == "world":
-        source = World(domains_of(args.data), args.pictures, args.questions, args.seed)
+        domains = domains_of(args.data)
+        source = World(domains, args.pictures, args.questions, args.seed, brief=args.brief)
         if not args.steps:
             raise UsageError("the world has no end; say how many --steps")
+    elif args.brief:
+        raise UsageError("--brief is of the world; a file has its own prompts")
     else:
         source = File(Path(args.data), args.images or Path(args.data).parent, args.seed)
         if source.missing:

@@ -26,12 +26,26 @@ class Source(Protocol):
 
 
 class World:
-    """The synthetic world; pictures of a micro-batch share a canvas."""
+    """The synthetic world; pictures of a micro-batch share a canvas, and its prompts a form.
+
+    Attributes:
+        domains: drawn evenly; one that is named twice is drawn twice as often.
+        brief: share of the micro-batches that ask for a single word.
+    """
 
     CANVASES = tuple((28 * w, 28 * h) for w, h in ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16)))
 
-    def __init__(self, domains: Sequence[str], pictures: int, questions: int, seed: int):
+    def __init__(
+        self,
+        domains: Sequence[str],
+        pictures: int,
+        questions: int,
+        seed: int,
+        *,
+        brief: float = 0.0,
+    ):
         self.domains, self.pictures, self.questions, self.seed = domains, pictures, questions, seed
+        self.brief = brief
 
     def examples(self, micro: int) -> list[Example]:
         """Pictures of one canvas and domain."""
@@ -43,7 +57,9 @@ class World:
         drawn = [
             render(self.seed + 1, n, domain=domain, canvas=canvas, per_kind=4) for n in numbers
         ]
-        return [Example(p.image, ask(p.questions, self.questions, rng, False)) for p in drawn]
+        # Apart from `rng`: the share changes no picture and no question.
+        brief = random.Random(f"brief {self.seed} {micro}").random() < self.brief
+        return [Example(p.image, ask(p.questions, self.questions, rng, brief)) for p in drawn]
 
     def heldout(self) -> list[Example]:
         """Free-form questions of the held-out split, one a picture."""
