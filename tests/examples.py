@@ -5,7 +5,7 @@ import json
 from nanoglimpse.generate import EXAMPLES, built_in
 
 ROWS = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text().splitlines()]
-SCENES = sorted(EXAMPLES.glob("*.png"))
+SCENES = sorted(EXAMPLES.glob("scene_*.png"))
 # What the command line asks without arguments, and the right answer.
 SCENE, QUESTION = built_in()
 (ANSWER,) = (

@@ -217,16 +217,17 @@ def test_the_command(endpoint, tmp_path, capsys):
 def test_a_run_that_is_graded(endpoint, tmp_path, capsys):
     server = endpoint(lambda number, body: says("score: 0.75"))
     out = tmp_path / "results.jsonl"
+    # Two questions of each of three domains.
     data = ["--data", str(EXAMPLES / "questions.jsonl"), "--count", "2", "--methods", "nothing"]
     options = ["--judge-url", server.url, "--judge-model", "grader", "--device", "cpu", "--quiet"]
     assert main([*data, *options, "--out", str(out)]) == 0
     results = Results.read(out)
-    assert [verdict["score"] for verdict in results.verdicts.values()] == [0.75] * 2
+    assert [verdict["score"] for verdict in results.verdicts.values()] == [0.75] * 6
     asked = [body["messages"][1]["content"] for _, _, body in server.requests]
     for row in results.rows:  # asked beside each other, in any order
         assert any(row["asked"] in text and row["reply"] in text for text in asked)
     assert main([*data, *options, "--out", str(out)]) == 0
-    assert len(server.requests) == 2
+    assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize(
