@@ -68,6 +68,13 @@ def parser() -> Parser:
         metavar="FILE",
         help="pictures read before, with their conversation: what /save of a chat has written",
     )
+    for add in (_add_prompt, _add_pruning, _add_answer, _add_batch, _add_running):
+        add(p)
+    p.add_argument("--version", action="version", version=f"nanoglimpse {__version__}")
+    return p
+
+
+def _add_prompt(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated"
     )
@@ -95,6 +102,8 @@ def parser() -> Parser:
         "--max-pixels", type=int, help="shrink larger pictures, or frames (default: model's)"
     )
 
+
+def _add_pruning(p: argparse.ArgumentParser) -> None:
     prune = p.add_argument_group("pruning")
     prune.add_argument(
         "--method", help="see --list-methods (default: glimpse where there are weights for it)"
@@ -116,6 +125,8 @@ def parser() -> Parser:
     )
     prune.add_argument("--min-tokens", type=int, help="keep at least so many (default: 1)")
 
+
+def _add_answer(p: argparse.ArgumentParser) -> None:
     text = p.add_argument_group("answer")
     text.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
     text.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
@@ -124,6 +135,8 @@ def parser() -> Parser:
     text.add_argument("--repetition-penalty", type=float, default=1.0, help="(default: 1)")
     text.add_argument("--seed", type=int, help="makes sampling repeatable")
 
+
+def _add_batch(p: argparse.ArgumentParser) -> None:
     batch = p.add_argument_group("many questions")
     batch.add_argument(
         "--batch-file",
@@ -140,6 +153,8 @@ def parser() -> Parser:
         help="rows read at once, and held for answers (default: 8192)",
     )
 
+
+def _add_running(p: argparse.ArgumentParser) -> None:
     run = p.add_argument_group("running")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     run.add_argument(
@@ -160,8 +175,6 @@ def parser() -> Parser:
     run.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     run.add_argument("--quiet", action="store_true", help="no progress, no statistics")
     run.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    p.add_argument("--version", action="version", version=f"nanoglimpse {__version__}")
-    return p
 
 
 def main(arguments: list[str] | None = None) -> int:
