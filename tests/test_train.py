@@ -583,25 +583,6 @@ def test_what_is_drawn_often(folder):
         assert drawn[side] == pytest.approx(30 * often, abs=25)
 
 
-def test_some_answers_are_a_word_unasked(folder):
-    """With the greatest share all that are not asked to be; and nothing else changes."""
-    stage = Stage(1, 1, 2, (1, 1), (Draw("document", ((168, 168),), (2, 3)),))
-    place = torch.device("cpu"), torch.float32
-    plain, terse = (BaseTask(folder, [stage], 9, 0, *place, terse=share) for share in (0, 0.7))
-    says = plain.processor.tokenizer.decode
-    briefs = 0
-    for micro in range(9):
-        a, b = plain.batch(micro), terse.batch(micro)
-        assert torch.equal(a.patches, b.patches)
-        for one, other in zip(*(x.rows.labels.view(2, -1) for x in (a, b)), strict=True):
-            long, short = (says(x[x != IGNORED].tolist()).strip() for x in (one, other))
-            assert short in long
-            assert (short == long) == (not long.endswith("."))
-            assert not short.endswith(".")
-            briefs += short == long
-    assert 0 < briefs < 18
-
-
 def test_a_base_run_of_some_domains(tmp_path):
     """Only these are drawn, from the first stage that has them, and reported."""
     write_folder(tmp_path, SHAPE, 0, pictures=40)

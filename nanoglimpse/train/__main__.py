@@ -13,7 +13,7 @@ from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import load
 from ..errors import NanoglimpseError, UsageError
 from ..world import DOMAINS
-from .base import BRIEF_SHARE, BaseTask, copy_folder, write_folder
+from .base import BaseTask, copy_folder, write_folder
 from .branches import OPS
 from .curriculum import CURRICULA
 from .data import File, World, domains_of
@@ -73,12 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     base.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
-    )
-    base.add_argument(
-        "--terse",
-        type=float,
-        default=0.0,
-        help="share of the micro-batches that have a word for an answer unasked (default: 0)",
     )
     base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
     glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
@@ -183,7 +177,6 @@ def _say(line: str) -> None:
 
 
 def _base(args: argparse.Namespace) -> int:
-    _check_share("terse", args.terse, 1 - BRIEF_SHARE)
     device, dtype = _place(args)
     recipe = _recipe(args)
     if not (args.folder / "config.json").exists():
@@ -201,8 +194,7 @@ def _base(args: argparse.Namespace) -> int:
         for stage in CURRICULA[args.curriculum]
     ]
     stages = [stage for stage in stages if stage.draws]
-    place = device, dtype
-    task = BaseTask(args.folder, stages, micros, args.seed, *place, terse=args.terse)
+    task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
     return _run(task, args, args.init)
 
 
@@ -213,15 +205,11 @@ def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
     return 0 if finished else 130
 
 
-def _check_share(option: str, share: float, most: float) -> None:
-    if not 0 <= share <= most:
-        raise UsageError(f"--{option} {share:g} is no share; give 0 to {most:g}")
-
-
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
-    _check_share("brief", args.brief, 1)
+    if not 0 <= args.brief <= 1:
+        raise UsageError(f"--brief {args.brief:g} is no share; give 0 to 1")
     if args.data.partition(":")[0] == "world":
         domains = domains_of(args.data)
         source = World(domains, args.pictures, args.questions, args.seed, brief=args.brief)

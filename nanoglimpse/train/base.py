@@ -8,7 +8,7 @@ to look; several questions share a picture; and the pictures grow with the model
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -137,19 +137,11 @@ class BaseTask:
     """A base model that learns the world; see `loop.Task`."""
 
     def __init__(
-        self,
-        folder: Path,
-        stages: Sequence[Stage],
-        micros: int,
-        seed: int,
-        device,
-        dtype,
-        *,
-        terse: float = 0.0,
+        self, folder: Path, stages: Sequence[Stage], micros: int, seed: int, device, dtype
     ):
         self.config: Config = read_config(folder / "config.json")
         self.processor = Processor(folder, self.config)
-        self.stages, self.seed, self.terse = stages, seed, terse
+        self.stages, self.seed = stages, seed
         shares = list(accumulate(stage.share for stage in stages))
         self.ends = [micros * share / shares[-1] for share in shares]
         self.device, self.dtype = device, dtype
@@ -196,11 +188,8 @@ class BaseTask:
         rows = None
         if questions:
             # All of one kind of prompt, which leaves less to pad.
-            form = rng.random()
-            brief, terse = form < BRIEF_SHARE, form >= 1 - self.terse
+            brief = rng.random() < BRIEF_SHARE
             examples = [Example(p.image, ask(p.questions, questions, rng, brief)) for p in pictures]
-            if terse:
-                examples = [Example(e.image, tuple(map(shortened, e.asked))) for e in examples]
             rows = collate(examples, self.processor, probes=False)
             patches, grids = rows.patches, rows.grids
         else:
@@ -321,15 +310,6 @@ def asked(question: Question, brief: bool) -> Asked:
     else:
         text, answer = question.text, question.answer
     return Asked(text, answer, question.short, question.boxes)
-
-
-def shortened(asked: Asked) -> Asked:
-    """Answered with a word although a sentence was expected.
-
-    Where every answer begins "The …", the rows before it need not know where to look. People answer
-    in many ways; so, at times, does this.
-    """
-    return replace(asked, answer=asked.short)
 
 
 def _between(ends: tuple[float, float], done: float) -> float:
