@@ -21,6 +21,7 @@ from nanoglimpse.rope import mrope
 from nanoglimpse.train import base
 from nanoglimpse.train.__main__ import main
 from nanoglimpse.train.base import (
+    PLAIN_SHARE,
     BaseTask,
     ask,
     asked,
@@ -129,16 +130,18 @@ def test_labels_are_the_answer_its_end_and_a_line_break(engine):
         assert int(rows.probe_rows[number]) == rows.layout.split + branch.start + first
 
 
-def test_attention_is_taught_the_share_that_the_evidence_gets():
-    """Mean over heads; what has no place does not count, and less than a ten-thousandth is that."""
-    shares = torch.tensor(
-        [[[0.5, 0.1], [0.25, 0.7], [0.25, 0.2]]] * 2 + [[[1.0, 1.0], *[[0, 0]] * 2]]
-    )
-    evidence = torch.tensor([[False, True, True], [False] * 3, [False, True, False]])
+def test_attention_is_taught_to_lie_evenly_on_the_evidence():
+    """The mean over heads is; what has no place does not count."""
+    heads = torch.tensor([[0.5, 0.1], [0.25, 0.7], [0.25, 0.2]])
+    even = torch.tensor([[0.01, 0.01], [0.9, 0.09], [0.09, 0.9]])
+    logits = torch.stack((heads, heads, even)).log() + 3
+    evidence = torch.tensor([[False, True, True], [False] * 3, [False, True, True]])
     located = torch.tensor([True, False, True])
-    loss = look_loss(shares.log(), evidence, located)
-    torch.testing.assert_close(loss, -(torch.tensor([0.7, 1e-4]).log()).mean())
-    assert look_loss(shares.log(), evidence, torch.zeros(3, dtype=torch.bool)) == 0
+    apart = [
+        (0.5 * (0.5 / torch.tensor(shares)).log()).sum() for shares in ([0.475, 0.225], [0.495] * 2)
+    ]
+    torch.testing.assert_close(look_loss(logits, evidence, located), sum(apart) / 2)
+    assert look_loss(logits, evidence, torch.zeros(3, dtype=torch.bool)) == 0
 
 
 def test_the_look_is_read_as_the_layer_attends(engine):
@@ -622,6 +625,24 @@ def test_kinds_that_are_not_learned_are_not_asked():
     assert kinds == {"number", "color", "shape", "exists", "count"}
 
 
+def test_some_answers_are_a_word_between_stars(folder):
+    """A quarter of those to free-form prompts, none to brief ones, which say so themselves."""
+    stage = Stage(1, 1, 8, (1, 1), (Draw("scene", ((168, 168),), (2, 3)),))
+    task = BaseTask(folder, [stage], 40, 0, torch.device("cpu"), torch.float32)
+    decode = task.processor.tokenizer.decode
+    stars = {False: [], True: []}
+    for micro in range(40):
+        rows = task.batch(micro).rows
+        for ids in rows.token_ids[rows.layout.split :].view(8, -1).tolist():
+            text = decode(ids, skip_special_tokens=False)
+            answer = text.split("assistant\n")[1]
+            stars[BRIEF_SUFFIX in text].append(answer.startswith("*"))
+            assert answer.count("*") == 2 * answer.startswith("*")
+    assert not any(stars[True])
+    assert len(stars[True]) > 40
+    assert sum(stars[False]) / len(stars[False]) == pytest.approx(PLAIN_SHARE, abs=0.09)
+
+
 def test_questions_are_put_free_form_and_brief():
     question = render(0, 0, domain="scene").questions[0]
     free, brief = asked(question, False), asked(question, True)
@@ -661,17 +682,13 @@ def test_files_of_both_layouts_are_the_same_data(tmp_path):
         assert a.image.tobytes() == b.image.tobytes()
 
 
-def test_brief_prompts_are_the_same_questions():
-    free, some, brief = (World(("scene",), 1, 3, 0, brief=share) for share in (0, 0.5, 1))
-    forms = []
-    for micro in range(12):
-        (a,), (b,), (c,) = (source.examples(micro) for source in (free, some, brief))
-        assert [x.question for x in c.asked] == [x.question + BRIEF_SUFFIX for x in a.asked]
-        assert [x.answer for x in c.asked] == [x.short for x in a.asked]
+def test_short_answers_are_to_the_same_questions():
+    long, short = (World(("scene",), 2, 3, 0, short=short) for short in (False, True))
+    for a, b in zip(long.examples(4), short.examples(4), strict=True):
         assert a.image.tobytes() == b.image.tobytes()
-        assert b.asked in (a.asked, c.asked)
-        forms.append(b.asked == c.asked)
-    assert 2 <= sum(forms) <= 10
+        assert [x.question for x in a.asked] == [x.question for x in b.asked]
+        assert [x.short for x in a.asked] == [x.answer for x in b.asked]
+        assert a.asked != b.asked
 
 
 def test_an_epoch_visits_every_row_once(tmp_path):
@@ -704,8 +721,9 @@ BAD = {
     ),
     "no domain": (None, ["--data", "world:zoo"], "no domain zoo"),
     "no end": (None, ["--data", "world"], "how many --steps"),
-    "share": (None, ["--brief", "2"], "--brief 2 is no share"),
-    "share of a file": (None, ["--data", "a.jsonl", "--brief", "1"], "a file has its own prompts"),
+    "short": (None, ["--data", "a.jsonl", "--short"], "a file has its own answers"),
+    "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2 tokens"),
+    "vectors": (None, ["--data", "world", "--steps", "1", "--le-layers", "1"], "must hold layer 0"),
     "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
     "dtype": (None, ["--dtype", "float16"], "cannot be trained in"),
@@ -749,6 +767,27 @@ def test_ablations_of_the_paper_are_ordinary_weights(folder, tmp_path):
         assert answer.importance.shape == (64,)
         if option == "--no-location-loss":
             assert int(answer.kept.sum()) == 7
+
+
+def test_a_glimpse_can_begin_as_a_token(folder, tmp_path):
+    """Before the first step its vector is the embedding; and what is saved is what was trained."""
+    engine = load(folder, device="cpu", dtype="float32", backend=OPS)
+    star = engine.processor.tokenizer.encode("*", add_special_tokens=False).ids
+    task = glimpse_task(engine, config=glimpse_config(le_layers=(0,)), begin=star[0])
+    vectors = task.token()
+    assert vectors.shape == (TEXT["num_hidden_layers"], TEXT["hidden_size"])
+    torch.testing.assert_close(vectors[0], engine.decoder.embed_tokens.weight[star[0]])
+    assert not vectors[1:].any()
+    assert glimpse_task(engine).token()[1:].any(1).all()
+
+    run = tmp_path / "run"
+    options = ["--model", str(folder), "--device", "cpu", "--steps", "2", "--pictures", "1"]
+    options += ["--questions", "1", "--size", "16", "--condition", "16", "--lr", "0.1"]
+    assert main(["glimpse", str(run), *options, "--token", "*", "--le-layers", "0"]) == 0
+    trained = load(folder, glimpse=run / "glimpse", device="cpu", dtype="float32").glimpse
+    assert trained.config.le_layers == (0,)
+    assert not trained.vectors[1:].any()
+    assert 1e-3 < (trained.vectors[0] - vectors[0]).abs().max() < 10
 
 
 def test_weights_fit_a_module_whose_names_are_known(engine):

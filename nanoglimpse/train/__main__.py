@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..config import Config, GlimpseConfig, check_glimpse, read_json
-from ..engine import load
+from ..engine import Engine, load
 from ..errors import NanoglimpseError, UsageError
 from ..world import DOMAINS
 from .base import BaseTask, copy_folder, write_folder
@@ -94,11 +94,13 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, help="folder of a file's pictures (default: the file's own)")
     add("--pictures", type=int, default=8, help="of the world in a micro-batch (default: 8)")
     add("--questions", type=int, default=8, help="about each of them (default: 8)")
+    add("--short", action="store_true", help="the world answers with a word, unasked")
+    add("--token", metavar="TEXT", help="a token that the glimpse begins as (default: noise)")
     add(
-        "--brief",
-        type=float,
-        default=0.0,
-        help="share of the world's micro-batches that ask for a single word (default: 0)",
+        "--le-layers",
+        type=int,
+        nargs="+",
+        help="layers whose input the glimpse is added to; the first is 0 (default: all)",
     )
     add("--layer", type=int, help="K, layers before pruning (default: two thirds of all)")
     add(
@@ -208,15 +210,13 @@ def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
-    if not 0 <= args.brief <= 1:
-        raise UsageError(f"--brief {args.brief:g} is no share; give 0 to 1")
     if args.data.partition(":")[0] == "world":
         domains = domains_of(args.data)
-        source = World(domains, args.pictures, args.questions, args.seed, brief=args.brief)
+        source = World(domains, args.pictures, args.questions, args.seed, short=args.short)
         if not args.steps:
             raise UsageError("the world has no end; say how many --steps")
-    elif args.brief:
-        raise UsageError("--brief is of the world; a file has its own prompts")
+    elif args.short:
+        raise UsageError("--short is of the world; a file has its own answers")
     else:
         source = File(Path(args.data), args.images or Path(args.data).parent, args.seed)
         if source.missing:
@@ -233,8 +233,16 @@ def _glimpse(args: argparse.Namespace) -> int:
         dropout=args.dropout,
         seed=args.seed,
         checkpointing=args.checkpointing,
+        begin=None if args.token is None else _token(engine, args.token),
     )
     return _run(task, args)
+
+
+def _token(engine: Engine, text: str) -> int:
+    ids = engine.processor.tokenizer.encode(text, add_special_tokens=False).ids
+    if len(ids) != 1:
+        raise UsageError(f"--token {text!r} is {len(ids)} tokens of this model; give one")
+    return ids[0]
 
 
 def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
@@ -250,7 +258,7 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
     glimpse = GlimpseConfig(
         reduce_layer=layer - 1,
         selected_layers=(layer - 1,),
-        le_layers=tuple(range(depth)),
+        le_layers=tuple(range(depth) if args.le_layers is None else args.le_layers),
         attn_fuse_size=args.size,
         visual_cond_size=0 if args.no_visual_condition or plain else args.condition,
         attn_fuse_num_heads=4,

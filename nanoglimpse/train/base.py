@@ -6,9 +6,10 @@ to look; several questions share a picture; and the pictures grow with the model
 """
 
 import json
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -61,6 +62,10 @@ ASKED_OFTEN = {
     "bar": 3.0,
 }
 BRIEF_SHARE = 0.3
+# How often a question that does not ask for a word is answered with one, between stars. Where all
+# begin "The number on the red circle …", a row looks at the place that the text before it names,
+# and none needs to take it from the question, as the glimpse has to.
+PLAIN_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -189,7 +194,13 @@ class BaseTask:
         if questions:
             # All of one kind of prompt, which leaves less to pad.
             brief = rng.random() < BRIEF_SHARE
-            examples = [Example(p.image, ask(p.questions, questions, rng, brief)) for p in pictures]
+            drawn = [ask(p.questions, questions, rng, brief) for p in pictures]
+            if not brief:
+                drawn = [
+                    tuple(plainly(a) if rng.random() < PLAIN_SHARE else a for a in asked)
+                    for asked in drawn
+                ]
+            examples = [Example(p.image, a) for p, a in zip(pictures, drawn, strict=True)]
             rows = collate(examples, self.processor, probes=False)
             patches, grids = rows.patches, rows.grids
         else:
@@ -220,11 +231,11 @@ class BaseTask:
         decoder = self.module["decoder"]
         hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
         rope = mrope(rows.positions, self.config.text_config)
-        # The middle layer: words have found one another, and enough are left to fetch the value.
-        middle = len(decoder.layers) // 2
-        keys = Keys(middle)
+        # The last layer before pruning, which a glimpse reads (paper Sec. 4: K is two thirds).
+        last = -(-2 * len(decoder.layers) // 3) - 1
+        keys = Keys(last)
         for layer in range(len(decoder.layers)):
-            if layer == middle:
+            if layer == last:
                 q = decoder.layers[layer].query(hidden[rows.value_rows], rope[rows.value_rows])
             hidden = run_layer(decoder, layer, hidden, rope, rows.layout, False, keys)
         logits = visual_logits(q, keys.k[rows.visual_rows], rows.layout.pictures)
@@ -262,18 +273,22 @@ class BaseTask:
 
 
 def look_loss(logits: Tensor, evidence: Tensor, located: Tensor) -> Tensor:
-    """How far attention is from the evidence: -log of the share that it gets, mean over heads.
+    """How far attention is from lying evenly on the evidence: their KL divergence.
 
-    Language alone teaches it slowly, if at all: after thousands of steps the row that gives a
-    number looked evenly at all things, although each was found by the text printed on it.
+    Language alone teaches a row slowly, if at all, where to look: after thousands of steps the one
+    that gives a number looked evenly at all things, although each was found by the text printed on
+    it. And it is content with the first cell of a long number, which a later row may need whole.
 
     Args:
-        logits: of the visual tokens of each question, [Q, N, HQ].
+        logits: of the visual tokens of each question, [Q, N, HQ]; attention is the mean over heads.
         evidence: bool [Q, N].
         located: bool [Q], which questions count.
     """
-    share = (logits.float().softmax(1).mean(2) * evidence).sum(1)
-    return -share[located].clamp_min(1e-4).log().sum() / located.sum().clamp_min(1)
+    logits, evidence = logits[located].float(), evidence[located]
+    attention = logits.log_softmax(1).logsumexp(2) - math.log(logits.shape[2])
+    count = evidence.sum(1)
+    apart = -(attention * evidence).sum(1) / count - count.log()
+    return apart.sum() / len(apart) if len(apart) else apart.sum()
 
 
 def read_answers(decoder: Decoder, hidden: Tensor, rows: Batch) -> tuple[Tensor, Tensor]:
@@ -310,6 +325,11 @@ def asked(question: Question, brief: bool) -> Asked:
     else:
         text, answer = question.text, question.answer
     return Asked(text, answer, question.short, question.boxes)
+
+
+def plainly(asked: Asked) -> Asked:
+    """The same, answered "*7*"."""
+    return replace(asked, answer=f"*{asked.short}*")
 
 
 def _between(ends: tuple[float, float], done: float) -> float:

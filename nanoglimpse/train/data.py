@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,11 +27,11 @@ class Source(Protocol):
 
 
 class World:
-    """The synthetic world; pictures of a micro-batch share a canvas, and its prompts a form.
+    """The synthetic world, free-form prompts; pictures of a micro-batch share a canvas.
 
     Attributes:
         domains: drawn evenly; one that is named twice is drawn twice as often.
-        brief: share of the micro-batches that ask for a single word.
+        short: answers are the short ones, although the prompts do not say so.
     """
 
     CANVASES = tuple((28 * w, 28 * h) for w, h in ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16)))
@@ -42,10 +43,10 @@ class World:
         questions: int,
         seed: int,
         *,
-        brief: float = 0.0,
+        short: bool = False,
     ):
         self.domains, self.pictures, self.questions, self.seed = domains, pictures, questions, seed
-        self.brief = brief
+        self.short = short
 
     def examples(self, micro: int) -> list[Example]:
         """Pictures of one canvas and domain."""
@@ -57,9 +58,12 @@ class World:
         drawn = [
             render(self.seed + 1, n, domain=domain, canvas=canvas, per_kind=4) for n in numbers
         ]
-        # Apart from `rng`: the share changes no picture and no question.
-        brief = random.Random(f"brief {self.seed} {micro}").random() < self.brief
-        return [Example(p.image, ask(p.questions, self.questions, rng, brief)) for p in drawn]
+        examples = [Example(p.image, ask(p.questions, self.questions, rng, False)) for p in drawn]
+        if not self.short:
+            return examples
+        return [
+            Example(e.image, tuple(replace(a, answer=a.short) for a in e.asked)) for e in examples
+        ]
 
     def heldout(self) -> list[Example]:
         """Free-form questions of the held-out split, one a picture."""

@@ -7,6 +7,7 @@ the visual tokens under the evidence, and the cross entropy of the answer (Sec. 
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import GlimpseConfig
+from ..config import GlimpseConfig, TextConfig
 from ..engine import Engine
 from ..evaluate.answers import figures
 from ..glimpse import Glimpse, Predictor
@@ -39,21 +40,41 @@ class Losses:
 
 
 class GlimpseToken(Module):
-    """The vectors that the glimpse row gets before each layer: RMSNorm(W·E_l + b)."""
+    """The vectors that the glimpse row gets before each layer: RMSNorm(W·E_l + b).
 
-    def __init__(self, layers: int, size: int, eps: float, generator: torch.Generator):
+    Args:
+        text: of the checkpoint.
+        layers: that get one; the others get zeros.
+        begin: [C], the embedding of a text token that the first vector equals at the beginning,
+            instead of the official random one.
+    """
+
+    def __init__(
+        self,
+        text: TextConfig,
+        layers: Sequence[int],
+        generator: torch.Generator,
+        begin: Tensor | None,
+    ):
         super().__init__()
-        self.embeddings = nn.Parameter(0.02 * torch.randn(layers, 1, size, generator=generator))
+        size = text.hidden_size
+        embeddings = 0.02 * torch.randn(len(layers), 1, size, generator=generator)
         bound = (3 / size) ** 0.5  # Xavier
         weight = torch.empty(size, size).uniform_(-bound, bound, generator=generator)
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(size))
-        self.scale = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        scale = torch.ones(size)
+        if begin is not None:
+            weight, scale = torch.eye(size), scale * begin.pow(2).mean().sqrt()
+            embeddings[layers.index(0), 0] = begin
+        self.embeddings, self.weight = nn.Parameter(embeddings), nn.Parameter(weight)
+        self.bias, self.scale = nn.Parameter(torch.zeros(size)), nn.Parameter(scale)
+        self.eps, self.depth, self.layers = text.rms_norm_eps, text.num_hidden_layers, layers
 
     def forward(self) -> Tensor:
         """[L, C]"""
         mapped = F.linear(self.embeddings[:, 0], self.weight, self.bias)
-        return F.rms_norm(mapped, self.scale.shape, self.scale, self.eps)
+        vectors = F.rms_norm(mapped, self.scale.shape, self.scale, self.eps)
+        everywhere = vectors.new_zeros(self.depth, len(self.scale))
+        return everywhere.index_copy(0, torch.tensor(self.layers, device=vectors.device), vectors)
 
     def tensors(self) -> dict[str, Tensor]:
         """By their published names."""
@@ -73,6 +94,9 @@ class GlimpseBatch:
 class GlimpseTask:
     """Glimpse token and predictor for a frozen engine; see `loop.Task`.
 
+    Args:
+        begin: id of the token that the glimpse begins as.
+
     Attributes:
         token, predictor: what is trained, in fp32.
     """
@@ -87,14 +111,15 @@ class GlimpseTask:
         dropout: float,
         seed: int,
         checkpointing: bool,
+        begin: int | None = None,
     ):
         self.engine, self.config, self.losses, self.source = engine, config, losses, source
         self.dropout, self.seed, self.checkpointing = dropout, seed, checkpointing
         text = engine.config.text_config
         generator = torch.Generator().manual_seed(seed)
-        self.token = GlimpseToken(
-            text.num_hidden_layers, text.hidden_size, text.rms_norm_eps, generator
-        )
+        embedding = engine.decoder.embed_tokens.weight
+        start = None if begin is None else embedding[begin].detach().float().cpu()
+        self.token = GlimpseToken(text, config.le_layers, generator, start)
         self.predictor = Predictor(engine.config, config, TORCH)
         _initialise(self.predictor, generator)
         self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
