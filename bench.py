@@ -35,15 +35,13 @@ from nanoglimpse.benchmark.report import gains, report
 from nanoglimpse.benchmark.shapes import random_engine, stored_engine
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.generate import built_in
+from nanoglimpse.generate import Parser, built_in
 from nanoglimpse.kernels.quantized import KINDS
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """All options."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="nano", help="checkpoint to time (default: nano)")
     p.add_argument("--image", default=built_in()[0], help="(default: a 448 px scene)")
     p.add_argument("--shape", help="3b, 7b or a config.json: random weights instead")

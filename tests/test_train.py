@@ -745,6 +745,14 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", [["glimpse", "run", "--imagine"], ["base", "run", "--imagine"]])
+def test_an_unknown_option_is_one_line(capsys, command):
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    error = capsys.readouterr().err
+    assert error == "nanoglimpse: error: unrecognized arguments: --imagine (see --help)\n"
+
+
 def test_domains():
     assert domains_of("world") == DOMAINS
     assert domains_of("world:scene,chart") == ("scene", "chart")

@@ -1,18 +1,18 @@
 """Writes glimpse weights in both layouts: `python -m nanoglimpse.weights SOURCE FOLDER`."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from ..config import read_glimpse_config, read_json
 from ..errors import NanoglimpseError
+from ..generate import Parser
 from . import locate, read_tensors, save_glimpse
 from .glimpse import OWN, PUBLISHED
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m nanoglimpse.weights",
         description=f"Write glimpse weights as {PUBLISHED} (published layout) and as {OWN}.",
     )

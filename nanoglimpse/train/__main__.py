@@ -12,6 +12,7 @@ import torch
 from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import Engine, load
 from ..errors import NanoglimpseError, UsageError
+from ..generate import Parser
 from ..world import DOMAINS
 from .base import BaseTask, copy_folder, write_folder
 from .branches import OPS
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nanoglimpse.train", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m nanoglimpse.train", description=__doc__)
     kinds = parser.add_subparsers(required=True, metavar="base|glimpse")
     base = kinds.add_parser("base", help="a small Qwen2.5-VL from scratch on the synthetic world")
     base.set_defaults(run=_base)
