@@ -599,7 +599,7 @@ def test_a_base_run_of_some_domains(tmp_path):
 
 
 def test_a_base_run_begins_with_another(tmp_path, capsys):
-    """With its weights and tokenizer."""
+    """With its weights and tokenizer; the head that only training has does not disturb them."""
     first, second = tmp_path / "first", tmp_path / "second"
     write_folder(first, SHAPE, 0, pictures=40)
     options = ["--steps", "1", "--domains", "scene", "--dtype", "float32", "--device", "cpu"]
@@ -610,8 +610,19 @@ def test_a_base_run_begins_with_another(tmp_path, capsys):
         assert (second / name).read_bytes() == (first / name).read_bytes(), name
     begun = [json.loads((run / "log.jsonl").read_text().splitlines()[0]) for run in (first, second)]
     assert ["answer" in line for line in begun] == [False, True]
-    assert main(["base", str(tmp_path / "third"), *options, "--init", str(tmp_path / "no")]) == 1
-    assert "no is not a run to begin from" in capsys.readouterr().err
+    (stage,) = CURRICULA["late"][:1]
+    task = BaseTask(second, [stage], 1, 0, torch.device("cpu"), torch.float32, first)
+    batch = task.batch(0)
+    visual, _ = task.module["vision"](batch.patches, batch.grids)
+    dense, _ = task.module["dense"](visual, *batch.targets)
+    assert float(dense.detach()) > 1
+    assert not torch.autograd.grad(dense, visual)[0].any()
+    third = ["base", str(tmp_path / "third"), *options, "--init"]
+    assert main([*third, str(tmp_path / "no")]) == 2
+    assert "no is no folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([*third, str(tmp_path / "empty")]) == 1
+    assert "empty is not a checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*init, "--shape", str(first / "config.json")])
     assert "not allowed with" in capsys.readouterr().err
@@ -691,6 +702,18 @@ def test_short_answers_are_to_the_same_questions():
         assert a.asked != b.asked
 
 
+def test_brief_prompts_are_the_same_questions():
+    free, some, brief = (World(("scene",), 1, 3, 0, brief=share) for share in (0, 0.5, 1))
+    forms = []
+    for micro in range(12):
+        (a,), (b,), (c,) = (source.examples(micro) for source in (free, some, brief))
+        assert [x.question for x in c.asked] == [x.question + BRIEF_SUFFIX for x in a.asked]
+        assert [x.answer for x in c.asked] == [x.short for x in a.asked]
+        assert a.image.tobytes() == b.image.tobytes() == c.image.tobytes()
+        forms.append((a.asked, c.asked).index(b.asked))
+    assert 2 < sum(forms) < 10
+
+
 def test_an_epoch_visits_every_row_once(tmp_path):
     render(0, 0, domain="scene", canvas=(112, 112)).image.save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": str(i), "answer": "7", "boxes": []} for i in range(30)]
@@ -722,6 +745,8 @@ BAD = {
     "no domain": (None, ["--data", "world:zoo"], "no domain zoo"),
     "no end": (None, ["--data", "world"], "how many --steps"),
     "short": (None, ["--data", "a.jsonl", "--short"], "a file has its own answers"),
+    "share": (None, ["--brief", "2"], "--brief 2 is no share"),
+    "share of a file": (None, ["--data", "a.jsonl", "--brief", "1"], "a file has its own answers"),
     "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2 tokens"),
     "vectors": (None, ["--data", "world", "--steps", "1", "--le-layers", "1"], "must hold layer 0"),
     "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),

@@ -13,8 +13,9 @@ from ..config import Config, GlimpseConfig, check_glimpse, read_json
 from ..engine import Engine, load
 from ..errors import NanoglimpseError, UsageError
 from ..generate import Parser
+from ..weights import locate
 from ..world import DOMAINS
-from .base import BaseTask, copy_folder, write_folder
+from .base import SETTINGS, TOKENIZER, BaseTask, copy_folder, write_folder
 from .branches import OPS
 from .curriculum import CURRICULA
 from .data import File, World, domains_of
@@ -62,9 +63,8 @@ def _parser() -> Parser:
     begin.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
     begin.add_argument(
         "--init",
-        type=Path,
-        metavar="RUN",
-        help="go on from the weights of this run, with its tokenizer",
+        metavar="CHECKPOINT",
+        help="go on from this one, with its tokenizer: nano, a run or another folder",
     )
     base.add_argument(
         "--curriculum",
@@ -96,6 +96,13 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
     add("--pictures", type=int, default=8, help="of the world in a micro-batch (default: 8)")
     add("--questions", type=int, default=8, help="about each of them (default: 8)")
     add("--short", action="store_true", help="the world answers with a word, unasked")
+    add(
+        "--brief",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the world's micro-batches that ask for a word (default: 0)",
+    )
     add("--token", metavar="TEXT", help="a token that the glimpse begins as (default: noise)")
     add(
         "--le-layers",
@@ -182,9 +189,10 @@ def _say(line: str) -> None:
 def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
+    init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"]) if args.init else None
     if not (args.folder / "config.json").exists():
-        if args.init:
-            copy_folder(args.init, args.folder)
+        if init:
+            copy_folder(init, args.folder)
         else:
             write_folder(args.folder, read_json(args.shape) if args.shape else NANO, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
@@ -197,13 +205,13 @@ def _base(args: argparse.Namespace) -> int:
         for stage in CURRICULA[args.curriculum]
     ]
     stages = [stage for stage in stages if stage.draws]
-    task = BaseTask(args.folder, stages, micros, args.seed, device, dtype)
-    return _run(task, args, args.init)
+    task = BaseTask(args.folder, stages, micros, args.seed, device, dtype, init)
+    return _run(task, args)
 
 
-def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
+def _run(task: Task, args: argparse.Namespace) -> int:
     same = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    finished = train(task, _recipe(args), args.folder, same=same, said=_say, init=init)
+    finished = train(task, _recipe(args), args.folder, same=same, said=_say)
     _say(f"{'written to' if finished else 'stopped; the same command goes on from'} {args.folder}")
     return 0 if finished else 130
 
@@ -211,13 +219,21 @@ def _run(task: Task, args: argparse.Namespace, init: Path | None = None) -> int:
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
+    if not 0 <= args.brief <= 1:
+        raise UsageError(f"--brief {args.brief:g} is no share; give 0 to 1")
     if args.data.partition(":")[0] == "world":
-        domains = domains_of(args.data)
-        source = World(domains, args.pictures, args.questions, args.seed, short=args.short)
+        source = World(
+            domains_of(args.data),
+            args.pictures,
+            args.questions,
+            args.seed,
+            short=args.short,
+            brief=args.brief,
+        )
         if not args.steps:
             raise UsageError("the world has no end; say how many --steps")
-    elif args.short:
-        raise UsageError("--short is of the world; a file has its own answers")
+    elif args.short or args.brief:
+        raise UsageError("--short and --brief are of the world; a file has its own answers")
     else:
         source = File(Path(args.data), args.images or Path(args.data).parent, args.seed)
         if source.missing:

@@ -24,6 +24,7 @@ from ..files import write_whole
 from ..processor import Processor, preprocess_image
 from ..rope import mrope
 from ..vision import VisionEncoder
+from ..weights import load_model
 from ..world import BRIEF_SUFFIX, SPLITS, Picture, Question, render
 from . import dense
 from .branches import OPS, Keys, run_layer, visual_logits
@@ -56,10 +57,11 @@ ASKED_OFTEN = {
     "left": 0.0,
     "above": 0.0,
     "number": 2.0,
-    "count": 2.0,
+    "count": 3.0,
     "value": 3.0,
     "item": 3.0,
     "bar": 3.0,
+    "total": 9.0,
 }
 BRIEF_SHARE = 0.3
 # How often a question that does not ask for a word is answered with one, between stars. Where all
@@ -122,7 +124,7 @@ def copy_folder(source: Path, folder: Path) -> None:
         try:
             content = (source / name).read_bytes()
         except OSError as error:
-            raise NanoglimpseError(f"{source} is not a run to begin from: {error}") from None
+            raise NanoglimpseError(f"{source} is not a checkpoint: {error}") from None
         write_whole(folder / name, content)
 
 
@@ -139,10 +141,24 @@ def initialise(module: nn.Module, depth: int, generator: torch.Generator) -> Non
 
 
 class BaseTask:
-    """A base model that learns the world; see `loop.Task`."""
+    """A base model that learns the world; see `loop.Task`.
+
+    Args:
+        folder: of the run, with the files of `write_folder`.
+        stages: of the run's `micros` micro-batches.
+        seed: of data and weights.
+        init: folder of the checkpoint to begin with, instead of random weights.
+    """
 
     def __init__(
-        self, folder: Path, stages: Sequence[Stage], micros: int, seed: int, device, dtype
+        self,
+        folder: Path,
+        stages: Sequence[Stage],
+        micros: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        init: Path | None = None,
     ):
         self.config: Config = read_config(folder / "config.json")
         self.processor = Processor(folder, self.config)
@@ -151,18 +167,23 @@ class BaseTask:
         self.ends = [micros * share / shares[-1] for share in shares]
         self.device, self.dtype = device, dtype
         text, vision = self.config.text_config, self.config.vision_config
-        self.module = nn.ModuleDict(
-            {
-                "vision": VisionEncoder(vision, OPS),
-                "decoder": Decoder(self.config, OPS),
-                "dense": dense.DenseHead(text.hidden_size),
-            }
-        )
-        generator = torch.Generator().manual_seed(seed)
-        initialise(self.module["vision"], vision.depth, generator)
-        initialise(self.module["decoder"], text.num_hidden_layers, generator)
-        initialise(self.module["dense"], 1, generator)
-        self.module.to(device, dtype)
+        head = dense.DenseHead(text.hidden_size)
+        if init:
+            parts = load_model(
+                init, self.config, OPS, dtype, device, None, lambda done, total: None
+            )
+            # A random head would push a trained vision encoder somewhere at random.
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
+        else:
+            parts = VisionEncoder(vision, OPS), Decoder(self.config, OPS)
+            generator = torch.Generator().manual_seed(seed)
+            initialise(parts[0], vision.depth, generator)
+            initialise(parts[1], text.num_hidden_layers, generator)
+            initialise(head, 1, generator)
+        self.module = nn.ModuleDict(dict(zip(("vision", "decoder"), parts, strict=True)))
+        self.module["dense"] = head
+        self.module.requires_grad_(True).to(device, dtype)
 
     def batch(self, micro: int) -> BaseBatch:
         """Pictures of one canvas and their questions."""

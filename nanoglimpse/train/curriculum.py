@@ -60,8 +60,8 @@ _LARGE = (
     (672, 504),
 )
 _LAST = (
-    Draw("scene", (*_squares(224, 280, 336), *_LARGE)),
-    Draw("document", (*_squares(280, 336, 392), *_LARGE)),
+    Draw("scene", (*_squares(224, 280, 336), *_LARGE), often=2),
+    Draw("document", (*_squares(280, 336, 392), *_LARGE), often=2),
     Draw("chart", (*_squares(280, 336, 392), *_LARGE)),
 )
 # From nothing: digits are found where one window has one of them, much sooner than elsewhere.
@@ -101,8 +101,8 @@ _WHOLE = (
         questions=8,
         aid=(0.7, 0.4),
         draws=(
-            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6)),
-            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10)),
+            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6), often=2),
+            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), often=2),
             Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6)),
         ),
     ),

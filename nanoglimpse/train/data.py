@@ -27,11 +27,12 @@ class Source(Protocol):
 
 
 class World:
-    """The synthetic world, free-form prompts; pictures of a micro-batch share a canvas.
+    """The synthetic world; pictures of a micro-batch share a canvas, and its prompts a form.
 
     Attributes:
         domains: drawn evenly; one that is named twice is drawn twice as often.
         short: answers are the short ones, although the prompts do not say so.
+        brief: share of the micro-batches whose prompts do say so.
     """
 
     CANVASES = tuple((28 * w, 28 * h) for w, h in ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16)))
@@ -44,9 +45,10 @@ class World:
         seed: int,
         *,
         short: bool = False,
+        brief: float = 0.0,
     ):
         self.domains, self.pictures, self.questions, self.seed = domains, pictures, questions, seed
-        self.short = short
+        self.short, self.brief = short, brief
 
     def examples(self, micro: int) -> list[Example]:
         """Pictures of one canvas and domain."""
@@ -58,7 +60,9 @@ class World:
         drawn = [
             render(self.seed + 1, n, domain=domain, canvas=canvas, per_kind=4) for n in numbers
         ]
-        examples = [Example(p.image, ask(p.questions, self.questions, rng, False)) for p in drawn]
+        # Apart from `rng`: the share changes no picture and no question.
+        brief = random.Random(f"brief {self.seed} {micro}").random() < self.brief
+        examples = [Example(p.image, ask(p.questions, self.questions, rng, brief)) for p in drawn]
         if not self.short:
             return examples
         return [

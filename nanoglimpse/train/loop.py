@@ -178,14 +178,12 @@ def train(
     *,
     same: dict,
     said: Callable[[str], None],
-    init: Path | None = None,
 ) -> bool:
     """Trains up to `recipe.steps`, from where the state in `folder` ends.
 
     Args:
         same: what, beside the weights' shapes, must be equal for a run to go on.
         said: takes lines for the user.
-        init: folder of the run whose weights a new one begins with.
 
     Returns:
         whether all steps are done; False after Ctrl-C, with the state saved.
@@ -203,8 +201,6 @@ def train(
     first = 0
     if (folder / STATE).exists():
         first = _restore(folder / STATE, same, masters, optim)
-    elif init:
-        _take(init / STATE, masters)
     masters.publish()
     leads = workers.rank == 0
     log = Log(folder / LOG, first, recipe, said if leads else None)
