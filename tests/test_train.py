@@ -35,6 +35,7 @@ from nanoglimpse.train.dense import CHARACTERS, FIELDS, NAME_LENGTH, DenseHead, 
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
 from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
 from nanoglimpse.train.loop import Recipe, train
+from nanoglimpse.weights import read_tensors
 from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, render
 from nanoglimpse.world.model import Item
 
@@ -821,6 +822,23 @@ def test_a_glimpse_can_begin_as_a_token(folder, tmp_path):
     assert trained.config.le_layers == (0,)
     assert not trained.vectors[1:].any()
     assert 1e-3 < (trained.vectors[0] - vectors[0]).abs().max() < 10
+
+
+def test_the_glimpse_token_learns_at_its_own_rate(folder, tmp_path):
+    """The first step of Adam moves every weight by the rate, whatever its gradient."""
+    options = ["--model", str(folder), "--device", "cpu", "--steps", "1", "--pictures", "1"]
+    options += ["--questions", "1", "--size", "16", "--condition", "16", "--accumulate", "1"]
+    options += ["--schedule", "trapezoid", "--warmup", "0", "--decay", "1e-9", "--lr", "0.01"]
+    moved = {}
+    for lr, share in (("0", "1"), ("0.01", "1"), ("0.01", "0.1")):
+        run = tmp_path / f"{lr} {share}"
+        assert main(["glimpse", str(run), *options, "--lr", lr, "--token-rate", share]) == 0
+        moved[lr, share] = read_tensors(run / "glimpse")[1]
+    still = moved.pop(("0", "1"))
+    for (_, share), tensors in moved.items():
+        for name, own in (("le_proj.bias", float(share)), ("attn_fuser.attn_in_proj.bias", 1.0)):
+            step = (tensors[name] - still[name]).abs()
+            torch.testing.assert_close(step.max(), torch.tensor(0.01 * own), rtol=1e-3, atol=0)
 
 
 def test_weights_fit_a_module_whose_names_are_known(engine):

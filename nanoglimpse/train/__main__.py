@@ -105,6 +105,13 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--token", metavar="TEXT", help="a token that the glimpse begins as (default: noise)")
     add(
+        "--token-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the learning rate, at which the glimpse token learns (default: 1)",
+    )
+    add(
         "--le-layers",
         type=int,
         nargs="+",
@@ -251,6 +258,7 @@ def _glimpse(args: argparse.Namespace) -> int:
         seed=args.seed,
         checkpointing=args.checkpointing,
         begin=None if args.token is None else _token(engine, args.token),
+        token_rate=args.token_rate,
     )
     return _run(task, args)
 

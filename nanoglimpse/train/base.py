@@ -165,7 +165,7 @@ class BaseTask:
         self.stages, self.seed = stages, seed
         shares = list(accumulate(stage.share for stage in stages))
         self.ends = [micros * share / shares[-1] for share in shares]
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.rates = device, dtype, {}
         text, vision = self.config.text_config, self.config.vision_config
         head = dense.DenseHead(text.hidden_size)
         if init:

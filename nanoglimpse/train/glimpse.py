@@ -96,6 +96,7 @@ class GlimpseTask:
 
     Args:
         begin: id of the token that the glimpse begins as.
+        token_rate: its share of the learning rate.
 
     Attributes:
         token, predictor: what is trained, in fp32.
@@ -112,6 +113,7 @@ class GlimpseTask:
         seed: int,
         checkpointing: bool,
         begin: int | None = None,
+        token_rate: float = 1.0,
     ):
         self.engine, self.config, self.losses, self.source = engine, config, losses, source
         self.dropout, self.seed, self.checkpointing = dropout, seed, checkpointing
@@ -124,6 +126,7 @@ class GlimpseTask:
         _initialise(self.predictor, generator)
         self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
         self.module.to(engine.device)
+        self.rates = {"token": token_rate}
         if not losses.dice and not losses.bce:
             self.predictor.requires_grad_(False)
 

@@ -64,6 +64,9 @@ class Task(Protocol):
     module: nn.Module
     """Its parameters that require gradients are trained."""
 
+    rates: dict[str, float]
+    """Of children of `module` that learn at a share of the learning rate."""
+
     def batch(self, micro: int) -> Any:
         """The micro-batch of this number, on the CPU."""
 
@@ -116,10 +119,18 @@ class Workers:
 
 
 class Masters:
-    """fp32 copies of the trained parameters, which the optimiser sees."""
+    """fp32 copies of the trained parameters, which the optimiser sees.
+
+    Attributes:
+        own: the parameters.
+        full: the copies.
+        parts: the child of the module that each belongs to.
+    """
 
     def __init__(self, module: nn.Module):
-        self.own = [p for p in module.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.parts = [name.partition(".")[0] for name, _ in named]
+        self.own = [p for _, p in named]
         self.full = [p.detach().float().clone().requires_grad_() for p in self.own]
         for master in self.full:
             master.grad = torch.zeros_like(master)
@@ -137,17 +148,18 @@ class Masters:
         torch._foreach_copy_(self.own, self.full)
 
 
-def optimiser(masters: Masters, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; only matrices decay."""
-    groups = [
-        {
-            "params": [p for p in masters.full if (p.ndim > 1) == decays],
-            "weight_decay": recipe.weight_decay * decays,
-        }
-        for decays in (True, False)
-    ]
+def optimiser(masters: Masters, recipe: Recipe, rates: dict[str, float]) -> torch.optim.AdamW:
+    """AdamW; only matrices decay. A group's `share` is its share of the learning rate."""
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    for part, master in zip(masters.parts, masters.full, strict=True):
+        groups.setdefault((rates.get(part, 1.0), master.ndim > 1), []).append(master)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=recipe.lr, betas=recipe.betas
+        [
+            {"params": params, "share": share, "weight_decay": recipe.weight_decay * decays}
+            for (share, decays), params in groups.items()
+        ],
+        lr=recipe.lr,
+        betas=recipe.betas,
     )
 
 
@@ -197,7 +209,7 @@ def train(
     except OSError as error:
         raise NanoglimpseError(f"{folder} cannot be written to: {error}") from None
     workers, masters = Workers(), Masters(task.module)
-    optim = optimiser(masters, recipe)
+    optim = optimiser(masters, recipe, task.rates)
     first = 0
     if (folder / STATE).exists():
         first = _restore(folder / STATE, same, masters, optim)
@@ -240,7 +252,7 @@ def _step(
     workers.sum([p.grad for p in masters.full])
     norm = nn.utils.clip_grad_norm_(masters.full, recipe.grad_norm)
     for group in optim.param_groups:
-        group["lr"] = rate
+        group["lr"] = group["share"] * rate
     optim.step()
     optim.zero_grad(set_to_none=False)
     masters.publish()
