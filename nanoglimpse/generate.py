@@ -109,7 +109,7 @@ def _add_pruning(p: argparse.ArgumentParser) -> None:
         "--method", help="see --list-methods (default: glimpse where there are weights for it)"
     )
     prune.add_argument("--list-methods", action="store_true", help="a line each, and stop")
-    prune.add_argument("--threshold", type=float, help="keep above it (default: weights', 0.5)")
+    prune.add_argument("--threshold", type=float, help="keep above it (default: the weights' own)")
     prune.add_argument("--max-ratio", type=float, help="keep at most this share (default: no cap)")
     prune.add_argument(
         "--kv-drop",

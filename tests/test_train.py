@@ -751,6 +751,7 @@ BAD = {
     "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2 tokens"),
     "vectors": (None, ["--data", "world", "--steps", "1", "--le-layers", "1"], "must hold layer 0"),
     "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),
+    "rule": (None, ["--data", "world", "--steps", "1", "--threshold", "2"], "2 is no share"),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
     "dtype": (None, ["--dtype", "float16"], "cannot be trained in"),
 }
@@ -817,9 +818,10 @@ def test_a_glimpse_can_begin_as_a_token(folder, tmp_path):
     run = tmp_path / "run"
     options = ["--model", str(folder), "--device", "cpu", "--steps", "2", "--pictures", "1"]
     options += ["--questions", "1", "--size", "16", "--condition", "16", "--lr", "0.1"]
-    assert main(["glimpse", str(run), *options, "--token", "*", "--le-layers", "0"]) == 0
+    options += ["--token", "*", "--le-layers", "0", "--threshold", "0.2"]
+    assert main(["glimpse", str(run), *options]) == 0
     trained = load(folder, glimpse=run / "glimpse", device="cpu", dtype="float32").glimpse
-    assert trained.config.le_layers == (0,)
+    assert (trained.config.le_layers, trained.selection.threshold) == ((0,), 0.2)
     assert not trained.vectors[1:].any()
     assert 1e-3 < (trained.vectors[0] - vectors[0]).abs().max() < 10
 

@@ -127,6 +127,12 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--size", type=int, default=256, help="E, width of the predictor (default: 256)")
     add("--condition", type=int, default=512, help="F, width of the conditions (default: 512)")
+    add(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="that the weights state: keep what is more important (default: 0.5)",
+    )
     add("--dropout", type=float, default=0.1, help="of the glimpse vectors (default: 0.1)")
     add("--dice", type=float, default=1.0, help="weight of the dice loss (default: 1)")
     add("--bce", type=float, default=0.1, help="weight of the BCE loss (default: 0.1)")
@@ -279,6 +285,8 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
     taps = (
         [blocks * quarter // 4 - 1 for quarter in (4, 3, 2, 1)] if args.taps is None else args.taps
     )
+    if not 0 <= args.threshold <= 1:
+        raise UsageError(f"--threshold {args.threshold:g} is no share; give 0 to 1")
     plain = args.no_predictor or args.no_location_loss
     glimpse = GlimpseConfig(
         reduce_layer=layer - 1,
@@ -291,7 +299,7 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
         selected_visual_layers=() if plain else tuple(taps),
         deep_supervision=False,
         # Attention that nobody taught a place for has no natural threshold: only a cap prunes.
-        reduce_threshold=0.0 if args.no_location_loss else 0.5,
+        reduce_threshold=0.0 if args.no_location_loss else args.threshold,
         max_remain_ratio=1 / 9 if args.no_location_loss else None,
     )
     check_glimpse(config, glimpse, "the options")
