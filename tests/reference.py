@@ -198,7 +198,7 @@ def run(
     patches,
     grids,
     new_tokens=0,
-    threshold=0.5,
+    threshold=None,
     max_ratio=None,
     min_tokens=1,
 ) -> Reference:
@@ -237,6 +237,7 @@ def run(
     logits = torch.cat([looks[index] for index in config["selected_layers"]], -1)
     windows = not config["attn_fuse_global"]
     importance = predictor(tensors, config, logits, taps, grids, windows)
+    threshold = config["reduce_threshold"] if threshold is None else threshold
     kept = select(importance, threshold, max_ratio, min_tokens)
     stays = torch.ones(len(token_ids), dtype=torch.bool)
     stays[is_image] = kept
