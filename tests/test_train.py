@@ -751,7 +751,8 @@ BAD = {
     "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2 tokens"),
     "vectors": (None, ["--data", "world", "--steps", "1", "--le-layers", "1"], "must hold layer 0"),
     "layer": (None, ["--data", "world", "--steps", "1", "--layer", "9"], "layer 9 is not one"),
-    "rule": (None, ["--data", "world", "--steps", "1", "--threshold", "2"], "2 is no share"),
+    "rule": (None, ["--data", "world", "--threshold", "2"], "--threshold 2 is no share"),
+    "rate": (None, ["--data", "world", "--token-rate", "-1"], "--token-rate -1 is no share"),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
     "dtype": (None, ["--dtype", "float16"], "cannot be trained in"),
 }

@@ -232,8 +232,10 @@ def _run(task: Task, args: argparse.Namespace) -> int:
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
-    if not 0 <= args.brief <= 1:
-        raise UsageError(f"--brief {args.brief:g} is no share; give 0 to 1")
+    for name in ("brief", "token_rate", "threshold"):
+        value = getattr(args, name)
+        if not 0 <= value <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value:g} is no share; give 0 to 1")
     if args.data.partition(":")[0] == "world":
         source = World(
             domains_of(args.data),
@@ -285,8 +287,6 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
     taps = (
         [blocks * quarter // 4 - 1 for quarter in (4, 3, 2, 1)] if args.taps is None else args.taps
     )
-    if not 0 <= args.threshold <= 1:
-        raise UsageError(f"--threshold {args.threshold:g} is no share; give 0 to 1")
     plain = args.no_predictor or args.no_location_loss
     glimpse = GlimpseConfig(
         reduce_layer=layer - 1,

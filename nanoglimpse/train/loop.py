@@ -201,8 +201,7 @@ def train(
         whether all steps are done; False after Ctrl-C, with the state saved.
 
     Raises:
-        NanoglimpseError: the state in `folder` belongs to another run, or cannot be written; or
-            `init` has none.
+        NanoglimpseError: the state in `folder` belongs to another run, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,30 +297,24 @@ def _save(path: Path, step: int, same: dict, masters: Masters, optim: torch.opti
 
 def _restore(path: Path, same: dict, masters: Masters, optim: torch.optim.AdamW) -> int:
     """Takes over the state in `path`; returns the steps done."""
-    state = _take(path, masters)
-    if state["same"] != same:
-        raise NanoglimpseError(
-            f"{path} is of a run with other options; repeat them, or take another folder"
-        )
-    optim.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
-def _take(path: Path, masters: Masters) -> dict:
-    """Takes over the weights of the state in `path`; returns the state."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         shapes = [p.shape for p in state["parameters"]]
-        _ = state["step"], state["same"]
+        step, own = state["step"], state["same"]
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise NanoglimpseError(f"{path} cannot be resumed from: {reason}") from None
     if shapes != [p.shape for p in masters.full]:
         raise NanoglimpseError(f"{path} is of another model; take another folder")
+    if own != same:
+        raise NanoglimpseError(
+            f"{path} is of a run with other options; repeat them, or take another folder"
+        )
     with torch.no_grad():
         for master, value in zip(masters.full, state["parameters"], strict=True):
             master.copy_(value)
-    return state
+    optim.load_state_dict(state["optimizer"])
+    return step
 
 
 class Log:
