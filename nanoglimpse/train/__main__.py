@@ -20,7 +20,7 @@ from .branches import OPS
 from .curriculum import CURRICULA
 from .data import File, World, domains_of
 from .glimpse import GlimpseTask, Losses
-from .loop import SCHEDULES, Recipe, Task, processes, train
+from .loop import SCHEDULES, STATE, Recipe, Task, processes, train
 from .shapes import NANO
 
 # Options that a resumed run may change: they change nothing of the result.
@@ -202,7 +202,9 @@ def _say(line: str) -> None:
 def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
-    init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"]) if args.init else None
+    init = None
+    if args.init and not (args.folder / STATE).exists():
+        init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"])
     if not (args.folder / "config.json").exists():
         if init:
             copy_folder(init, args.folder)
