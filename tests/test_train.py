@@ -473,12 +473,12 @@ def test_the_chat_template_is_the_engines(folder):
 
 def test_dense_targets():
     """By hand: a picture of two cells by two, a red circle with 7 on the right half."""
-    item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),))
+    item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),), ("7",))
     picture = type("Picture", (), {"items": (item,)})
     wanted, weights, printed = targets(picture, (1, 4, 4), 2)
     assert wanted.shape == (4, 2, len(FIELDS))
     assert wanted[0].unique().tolist() == wanted[2].unique().tolist() == [0]
-    thing = [1, 1, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0]
+    thing = [1, 1, *[0] * NAME_LENGTH, 8, 0, 0, 0, 0, 0]
     assert wanted[1].tolist() == wanted[3].tolist() == [thing, thing]
     assert weights.tolist() == [
         [pytest.approx(0.3)] * 2,
@@ -491,7 +491,8 @@ def test_dense_targets():
 
 def test_characters_are_read_where_they_are_printed():
     """Two words on four cells: each letter belongs to the cell that has most of it, or is full."""
-    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "Z9", ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)))
+    boxes = ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "Z9", boxes, ("Ab", "Z9"))
     picture = type("Picture", (), {"items": (item,)})
     printed = targets(picture, (1, 4, 8), 2)[2].view(2, 4, -1)
     found = {
@@ -511,15 +512,25 @@ def test_characters_are_read_where_they_are_printed():
     }
 
 
+def test_characters_are_as_wide_as_they_are_printed():
+    """Three narrow letters take less than half of the four cells, the wide one all others."""
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "", "9", ((0, 0, 1, 1),), ("iiiw",))
+    printed = targets(type("Picture", (), {"items": (item,)}), (1, 2, 8), 2)[2]
+    found = [[CHARACTERS[i] for i in cell.nonzero().flatten()] for cell in printed]
+    assert found[0] == ["I"]
+    assert found[2:] == [["W"], ["W"]]
+
+
 def test_a_named_thing_is_known_where_its_value_is():
     """A row of four cells: the name on the first, the value on the last, nothing between them."""
-    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "9", ((0, 0, 0.25, 1), (0.75, 0, 1, 1)))
+    boxes = ((0, 0, 0.25, 1), (0.75, 0, 1, 1))
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "9", boxes, ("ab:", "9"))
     picture = type("Picture", (), {"items": (item,)})
     wanted = targets(picture, (1, 2, 8), 2)[0][:, 0]
     name, value = wanted[:, 2 : 2 + NAME_LENGTH], wanted[:, 2 + NAME_LENGTH :]
-    spelled, nine = [1, 2, 0, 0], [10, 0, 0, 0, 0, 0]
+    spelled, nine = [1, 2, 0, 0, 0, 0], [10, 0, 0, 0, 0, 0]
     assert wanted[:, 0].unique().tolist() == [8]
-    assert name.tolist() == [spelled, [-100] * 4, [-100] * 4, spelled]
+    assert name.tolist() == [spelled, [-100] * 6, [-100] * 6, spelled]
     assert value.tolist() == [[-100] * 6, [-100] * 6, [-100] * 6, nine]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import statistics
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -355,12 +356,30 @@ def test_left_out_pairs_appear_in_transfer_alone(pictures):
 def test_splits_keep_names_and_canvases_apart(pictures):
     assert not set(NAMES) & set(TRANSFER_NAMES)
     assert (len(NAMES), len(TRANSFER_NAMES)) == (60, 16)
+    listed = {"heldout": NAMES, "transfer": TRANSFER_NAMES}
     for picture in pictures:
-        transfer = split_of(picture.seed) == "transfer"
+        split = split_of(picture.seed)
         if picture.domain != "scene":
-            assert names_of(picture) <= set(TRANSFER_NAMES if transfer else NAMES)
-        assert (max(picture.image.size) >= 700) == transfer
+            assert not names_of(picture) & set(TRANSFER_NAMES) or split == "transfer"
+            assert split == "train" or names_of(picture) <= set(listed[split])
+        assert (max(picture.image.size) >= 700) == (split == "transfer")
         assert all(side % 28 == 0 for side in picture.image.size)
+
+
+def test_most_training_pictures_have_words_of_their_own():
+    drawn = [
+        names_of(render(seed, index, domain=domain))
+        for domain in ("document", "chart")
+        for seed, index in ((3, index) for index in range(40))
+    ]
+    own = [names for names in drawn if not names & set(NAMES)]
+    assert all(names <= set(NAMES) for names in drawn if names not in own)
+    assert 0.5 < len(own) / len(drawn) < 0.85
+    words = [word for names in own for word in names]
+    assert len(set(words)) > 0.9 * len(words)
+    assert not set(words) & set(TRANSFER_NAMES)
+    assert set("".join(words)) == set(string.ascii_lowercase)
+    assert {len(word) for word in words} == set(range(3, 8))
 
 
 def test_every_seed_is_in_one_split():

@@ -1,6 +1,6 @@
 """What a base model is shown, in which order: pictures grow with the model, and so do questions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..world.picture import CELL
 
@@ -61,8 +61,8 @@ _LARGE = (
 )
 _LAST = (
     Draw("scene", (*_squares(224, 280, 336), *_LARGE), often=2),
-    Draw("document", (*_squares(280, 336, 392), *_LARGE), often=2),
-    Draw("chart", (*_squares(280, 336, 392), *_LARGE)),
+    Draw("document", (*_squares(280, 336, 392), *_LARGE), often=3),
+    Draw("chart", (*_squares(280, 336, 392), *_LARGE), often=2),
 )
 # From nothing: digits are found where one window has one of them, much sooner than elsewhere.
 _WHOLE = (
@@ -102,8 +102,8 @@ _WHOLE = (
         aid=(0.7, 0.4),
         draws=(
             Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6), often=2),
-            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), often=2),
-            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6)),
+            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), often=3),
+            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6), often=2),
         ),
     ),
     Stage(share=0.25, work=1000, questions=8, aid=(0.4, 0.2), draws=_LAST),
@@ -158,4 +158,14 @@ _READING = (
     ),
     Stage(share=90, work=1300, questions=8, aid=(0.7, 0.3), draws=_LAST),
 )
-CURRICULA = {"whole": _WHOLE, "late": _WHOLE[-2:], "reading": _READING}
+# For one that answers, but reads no words that are new to it: without questions, on all sizes.
+_LETTERS = tuple(
+    replace(stage, share=share, questions=0, aid=(1.0, 1.0))
+    for stage, share in zip((*_READING[:2], _READING[-1]), (1, 2, 3), strict=True)
+)
+CURRICULA = {
+    "whole": _WHOLE,
+    "late": _WHOLE[-2:],
+    "reading": _READING,
+    "letters": _LETTERS,
+}

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..rope import Grid
 from ..world import COLOURS, KINDS, Picture
+from ..world.canvas import edges
 
 LETTERS, CHARACTERS = "abcdefghijklmnopqrstuvwxyz", "0123456789.ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-NAME_LENGTH, VALUE_LENGTH = 4, 6
+NAME_LENGTH, VALUE_LENGTH = 6, 6
 FIELDS = (
     len(KINDS) + 1,
     len(COLOURS) + 1,
@@ -58,15 +59,16 @@ def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor, T
 
 
 def _printed(picture: Picture, height: int, width: int) -> Tensor:
-    """Multi-hot characters of each cell; in a text box all are taken to be equally wide."""
+    """Multi-hot characters of each cell; a colon behind a name is none."""
     found = torch.zeros(height * width, len(CHARACTERS))
     boxes, characters = [], []
     for item in picture.items:
-        texts = (item.name, item.value)[-len(item.text_boxes) :]
-        for (x0, y0, x1, y1), text in zip(item.text_boxes, texts, strict=True):
-            step = (x1 - x0) / len(text)
-            boxes += [(x0 + i * step, y0, x0 + (i + 1) * step, y1) for i in range(len(text))]
-            characters += [CHARACTERS.index(c) for c in text.upper()]
+        for (x0, y0, x1, y1), text in zip(item.text_boxes, item.texts, strict=True):
+            sides = [x0 + share * (x1 - x0) for share in edges(text)]
+            for character, left, right in zip(text.upper(), sides, sides[1:], strict=False):
+                if character in CHARACTERS:
+                    boxes.append((left, y0, right, y1))
+                    characters.append(CHARACTERS.index(character))
     covers = _cover(boxes, height, width).flatten(1)
     area = covers.sum(1, keepdim=True)
     seen = (covers > PRINTED * area) | (covers > PRINTED)

@@ -11,17 +11,16 @@ from .model import (
     DOMAINS,
     KINDS,
     LEFT_OUT_PAIRS,
-    NAMES,
     QUESTION_KINDS,
     SHAPES,
     SPLITS,
-    TRANSFER_NAMES,
     Box,
     Item,
     Picture,
     Question,
     split_of,
 )
+from .names import NAMES, TRANSFER_NAMES
 from .picture import render
 
 __all__ = [

@@ -62,6 +62,13 @@ def width_of(text: str, size: int, bold: bool = False) -> int:
     return stamp(text, size, bold).mask.width
 
 
+@lru_cache(maxsize=4096)
+def edges(text: str) -> tuple[float, ...]:
+    """Where each character begins, and the last one ends, as shares of the text's width."""
+    whole = _font(32).getlength(text)
+    return tuple(_font(32).getlength(text[:count]) / whole for count in range(len(text) + 1))
+
+
 def write(
     image: Image.Image,
     place: tuple[float, float],

@@ -167,9 +167,10 @@ def _bar(
     below = y1 + 4 - stamp("h", frame.font).top
     name = write(image, (middle, below), label, frame.font, frame.ink, align=0.5)
     number = _number(image, frame, outline, str(value), colour)
-    texts = tuple(normal(box, image.size) for box in (name, number))
+    boxes = tuple(normal(box, image.size) for box in (name, number))
     whole = normal(hull([outline, name, number], 1), image.size)
-    return Item(whole, "bar", colour, label.lower(), str(value), texts)
+    texts = (label, str(value))
+    return Item(whole, "bar", colour, label.lower(), str(value), boxes, texts)
 
 
 def _number(image: Image.Image, frame: _Frame, bar: Pixels, text: str, colour: str) -> Pixels:

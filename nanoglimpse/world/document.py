@@ -155,9 +155,9 @@ def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Item:
     if style.ruled or row.kind == "total":
         y = round(base - 0.75 * style.pitch) + (0 if row.kind == "total" else round(style.pitch))
         lines.line((style.left, y, style.right, y), (150, 150, 152))
-    texts = tuple(normal(box, image.size) for box in (label, value))
+    boxes = tuple(normal(box, image.size) for box in (label, value))
     whole = normal(hull([label, value], 2), image.size)
-    return Item(whole, row.kind, "", row.name, row.value, texts)
+    return Item(whole, row.kind, "", row.name, row.value, boxes, (row.label, row.value))
 
 
 def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:

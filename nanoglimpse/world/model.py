@@ -1,4 +1,4 @@
-"""What a picture of the world holds, the words it is made of, and the splits."""
+"""What a picture of the world holds, and the splits."""
 
 import random
 from collections.abc import Sequence
@@ -13,10 +13,6 @@ Box = tuple[float, float, float, float]
 T = TypeVar("T")
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
 DOMAINS = ("scene", "document", "chart")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "hexagon", "cross")
@@ -28,22 +24,6 @@ LEFT_OUT_PAIRS = (
     ("yellow", "hexagon"),
     ("purple", "square"),
     ("orange", "cross"),
-)
-NAMES = _words(
-    """
-    milk bread paper apple tea salt rice soup cake fish
-    lamp chair clock glass plate knife spoon cup pen book
-    bag hat coat shoe sock belt ring soap towel brush
-    comb rope nail drum bell tent hammer ladder bucket candle
-    mirror pillow carpet basket bottle butter cheese honey pepper sugar
-    coffee lemon onion carrot pencil ticket wallet blanket mustard umbrella
-    """
-)
-TRANSFER_NAMES = _words(
-    """
-    melon grape bacon juice olive scarf glove stove
-    fork bean jam kite vase razor sponge kettle
-    """
 )
 QUESTION_KINDS = {
     "scene": ("number", "color", "shape", "exists", "left", "above", "count"),
@@ -65,8 +45,8 @@ class Item:
     `box` holds everything that belongs to it (an object's outline, the row of a document from name
     to value, the column of a bar from value to label), `text_boxes` the printed text alone: the
     name, if there is one, then the value. Boxes are normalised: x0, y0, x1, y1 as shares of width
-    and height. `name` is in lower case however it is printed; `value` is as printed; what an item
-    does not have is "".
+    and height. `texts` are what is printed in the text boxes, `name` is in lower case however it is
+    printed, `value` as printed; what an item does not have is "".
     """
 
     box: Box
@@ -75,6 +55,7 @@ class Item:
     name: str
     value: str
     text_boxes: tuple[Box, ...]
+    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,17 +87,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a domain is asked to draw; None is for the domain to choose."""
+    """What a domain is asked to draw; None is for the domain to choose.
+
+    `names` are the words that may be printed.
+    """
 
     canvas: tuple[int, int]
+    names: tuple[str, ...]
     transfer: bool
     things: tuple[int, int] | None
     size: tuple[int, int] | None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The words that may be printed."""
-        return TRANSFER_NAMES if self.transfer else NAMES
 
 
 def split_of(seed: int) -> str:

@@ -5,6 +5,7 @@ import random
 from ..errors import UsageError
 from . import chart, document, scene
 from .model import DOMAINS, Picture, Plan, split_of
+from .names import names_of
 
 CELL, SMALLEST, LARGEST = 28, 112, 1120
 MAKERS = {"scene": scene, "document": document, "chart": chart}
@@ -43,7 +44,8 @@ def render(
     chosen = rng.choice(DOMAINS)
     domain = domain or chosen
     drawn = _canvas(rng, domain, split == "transfer")
-    plan = Plan(canvas or drawn, split == "transfer", things, size)
+    names = names_of(split, seed, index)
+    plan = Plan(canvas or drawn, names, split == "transfer", things, size)
     image, items = MAKERS[domain].draw(rng, plan)
     questions = MAKERS[domain].ask(rng, plan, items, per_kind)
     rng.shuffle(questions)

@@ -164,7 +164,8 @@ def _object(
     y = round(box[1] + size * ROOM[shape][2] - printed.height / 2)
     image.paste(INK[colour], (x, y), printed)
     where = (x, y, x + printed.width, y + printed.height)
-    return Item(normal(box, image.size), shape, colour, "", text, (normal(where, image.size),))
+    boxes = (normal(where, image.size),)
+    return Item(normal(box, image.size), shape, colour, "", text, boxes, (text,))
 
 
 def _fitted(rng: random.Random, shape: str, size: int, text: str) -> Image.Image:
