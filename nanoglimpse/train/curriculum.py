@@ -1,6 +1,6 @@
 """What a base model is shown, in which order: pictures grow with the model, and so do questions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..world.picture import CELL
 
@@ -159,9 +159,14 @@ _READING = (
     Stage(share=90, work=1300, questions=8, aid=(0.7, 0.3), draws=_LAST),
 )
 # For one that answers, but reads no words that are new to it: without questions, on all sizes.
-_LETTERS = tuple(
-    replace(stage, share=share, questions=0, aid=(1.0, 1.0))
-    for stage, share in zip((*_READING[:2], _READING[-1]), (1, 2, 3), strict=True)
+_LETTERS = (
+    Stage(
+        share=1,
+        work=1200,
+        questions=0,
+        aid=(1.0, 1.0),
+        draws=(*_READING[0].draws, *_READING[1].draws, *_LAST, *_LAST),
+    ),
 )
 CURRICULA = {
     "whole": _WHOLE,
