@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from nanoglimpse import load
-from nanoglimpse.config import GlimpseConfig, parse_config
+from nanoglimpse.config import GlimpseConfig, parse_config, read_config
 from nanoglimpse.evaluate.scores import contains
 from nanoglimpse.rope import mrope
 from nanoglimpse.train import base
@@ -26,6 +27,8 @@ from nanoglimpse.train.base import (
     ask,
     asked,
     look_loss,
+    phrases,
+    retokenized,
     write_folder,
 )
 from nanoglimpse.train.branches import OPS, visual_logits
@@ -35,6 +38,7 @@ from nanoglimpse.train.dense import CHARACTERS, FIELDS, NAME_LENGTH, DenseHead, 
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
 from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
 from nanoglimpse.train.loop import Recipe, train
+from nanoglimpse.train.tokens import make_tokenizer
 from nanoglimpse.weights import read_tensors
 from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, render
 from nanoglimpse.world.model import Item
@@ -471,6 +475,42 @@ def test_the_chat_template_is_the_engines(folder):
     assert ids == engine.prompt(image, "What is it?").token_ids.tolist()
 
 
+def test_words_are_tokens_and_names_are_spelled(folder):
+    """By transformers as well; "red" is a colour here, though a row may be called so."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load(folder, device="cpu").processor.tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    words = {"What": 1, " is": 1, " the": 1, " value": 1, " red": 1, ".": 1}
+    spelled = {" melon": 6, "milk": 4, " AB7": 4, "*melon*": 7, "é": 2}
+    for text, count in (words | spelled).items():
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert len(ids) == count, text
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_phrases_have_no_names():
+    picture = render(3, 0, domain="document", canvas=(280, 280))
+    said = " ".join(phrases(picture))
+    names = {item.name for item in picture.items} - {"total"}
+    assert any(name in " ".join(q.text for q in picture.questions) for name in names)
+    assert not any(re.search(rf"\b{name}\b", said) for name in names)
+    assert "What is the value of 7?" in said or "How much is the 7?" in said
+
+
+def test_rows_for_another_tokenizer(folder):
+    """What was a token keeps its row; a new word is the mean of its letters."""
+    now = load(folder, device="cpu").processor.tokenizer
+    before = make_tokenizer(["a b"])
+    old = torch.randn(before.get_vocab_size(), 3)
+    rows = retokenized(old, before, now)
+    assert rows.shape == (now.get_vocab_size(), 3)
+    for token in ("q", "<|im_end|>"):
+        assert torch.equal(rows[now.token_to_id(token)], old[before.token_to_id(token)])
+    letters = [before.token_to_id(letter) for letter in ("Ġ", "r", "e", "d")]
+    torch.testing.assert_close(rows[now.token_to_id("Ġred")], old[letters].mean(0))
+
+
 def test_dense_targets():
     """By hand: a picture of two cells by two, a red circle with 7 on the right half."""
     item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),), ("7",))
@@ -631,6 +671,13 @@ def test_a_base_run_begins_with_another(tmp_path, capsys):
     assert not torch.autograd.grad(dense, visual)[0].any()
     first.rename(tmp_path / "away")
     assert main([*init, "--lr", "0"]) == 0  # what is resumed needs it no more
+    spelled = ["base", str(tmp_path / "spelled"), *options, "--retokenize"]
+    assert main([*spelled, "--init", str(second), "--lr", "0"]) == 0
+    config = read_config(tmp_path / "spelled" / "config.json")
+    assert config.text_config.vocab_size == 384
+    assert load(tmp_path / "spelled", device="cpu").decoder.embed_tokens.weight.shape[0] == 384
+    assert main(spelled) == 2
+    assert "--retokenize is of a checkpoint" in capsys.readouterr().err
     third = ["base", str(tmp_path / "third"), *options, "--init"]
     assert main([*third, str(tmp_path / "no")]) == 2
     assert "no is no folder" in capsys.readouterr().err

@@ -67,6 +67,11 @@ def _parser() -> Parser:
         help="go on from this one, with its tokenizer: nano, a run or another folder",
     )
     base.add_argument(
+        "--retokenize",
+        action="store_true",
+        help="with --init: a tokenizer of the world's phrases instead of that of the checkpoint",
+    )
+    base.add_argument(
         "--curriculum",
         choices=CURRICULA,
         default="whole",
@@ -202,14 +207,17 @@ def _say(line: str) -> None:
 def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
+    if args.retokenize and not args.init:
+        raise UsageError("--retokenize is of a checkpoint; name it with --init")
     init = None
     if args.init and not (args.folder / STATE).exists():
         init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"])
     if not (args.folder / "config.json").exists():
-        if init:
+        if init and not args.retokenize:
             copy_folder(init, args.folder)
         else:
-            write_folder(args.folder, read_json(args.shape) if args.shape else NANO, args.seed)
+            shape = init / "config.json" if init else args.shape
+            write_folder(args.folder, read_json(shape) if shape else NANO, args.seed)
     micros = recipe.steps * recipe.accumulate * processes()
     stages = [
         replace(

@@ -8,20 +8,22 @@ to look; several questions share a picture; and the pictures grow with the model
 import json
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ..config import Config, parse_config, read_config
 from ..decoder import Decoder
 from ..errors import NanoglimpseError
 from ..files import write_whole
-from ..processor import Processor, preprocess_image
+from ..processor import SYSTEM, Processor, preprocess_image
 from ..rope import mrope
 from ..vision import VisionEncoder
 from ..weights import load_model
@@ -31,9 +33,8 @@ from .branches import OPS, Keys, run_layer, visual_logits
 from .curriculum import Stage
 from .examples import IGNORED, Asked, Batch, Example, collate
 from .export import save_base
-from .tokens import CONTROL, tokenizer_config, train_tokenizer
+from .tokens import CONTROL, make_tokenizer, tokenizer_config
 
-VOCABULARY = 640
 TOKENIZER = "tokenizer.json"
 SETTINGS = (
     "config.json",
@@ -81,23 +82,20 @@ class BaseBatch:
     rows: Batch | None
 
 
-def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 6000) -> None:
+def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 600) -> None:
     """Everything of a checkpoint but its weights: configuration, tokenizer, preprocessing.
 
     Raises:
         NanoglimpseError: the shape, a config.json, makes no sense.
     """
-    texts = (
-        text
-        for index in range(pictures)
-        for question in render(seed, index, canvas=(448, 448)).questions
-        for text in (question.text, question.text + BRIEF_SUFFIX, question.answer)
-    )
-    tokenizer = train_tokenizer(texts, VOCABULARY)
+    drawn = (render(seed, index, canvas=(448, 448)) for index in range(pictures))
+    layout = ("system\n" + SYSTEM, "user\n", "assistant\n")
+    said = (text for picture in drawn for text in phrases(picture))
+    tokenizer = make_tokenizer(chain(layout, said))
     ids = {token: tokenizer.token_to_id(token) for token in CONTROL}
     config = {
         **shape,
-        "vocab_size": VOCABULARY,
+        "vocab_size": tokenizer.get_vocab_size(),
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "vision_start_token_id": ids["<|vision_start|>"],
@@ -112,6 +110,35 @@ def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 6000) -> 
     contents = (config, generation, PIXELS, tokenizer_config())
     for name, content in zip(SETTINGS, contents, strict=True):
         write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def phrases(picture: Picture) -> list[str]:
+    """What is said about a picture, with a number in place of each of its names."""
+    names = {item.name for item in picture.items if item.kind != "total"}
+    return [
+        re.sub(r"\w+", lambda word: "7" if word[0] in names else word[0], text)
+        for question in picture.questions
+        for text in (
+            question.text,
+            question.text + BRIEF_SUFFIX,
+            question.answer,
+            question.short,
+        )
+    ]
+
+
+def retokenized(old: Tensor, before: Tokenizer, now: Tokenizer) -> Tensor:
+    """Rows of an embedding or head for another tokenizer, [vocab, C] -> [vocab, C].
+
+    A token that there was keeps its row; another begins as the mean of those that spelled it.
+    """
+    rows = []
+    for token, _ in sorted(now.get_vocab().items(), key=lambda entry: entry[1]):
+        known = before.token_to_id(token)
+        text = now.decode([now.token_to_id(token)])
+        ids = before.encode(text).ids if known is None else [known]
+        rows.append(old[ids].mean(0))
+    return torch.stack(rows)
 
 
 def copy_folder(source: Path, folder: Path) -> None:
@@ -169,9 +196,7 @@ class BaseTask:
         text, vision = self.config.text_config, self.config.vision_config
         head = dense.DenseHead(text.hidden_size)
         if init:
-            parts = load_model(
-                init, self.config, OPS, dtype, device, None, lambda done, total: None
-            )
+            parts = self._begun(init)
             # A random head would push a trained vision encoder somewhere at random.
             for parameter in head.parameters():
                 nn.init.zeros_(parameter)
@@ -184,6 +209,18 @@ class BaseTask:
         self.module = nn.ModuleDict(dict(zip(("vision", "decoder"), parts, strict=True)))
         self.module["dense"] = head
         self.module.requires_grad_(True).to(device, dtype)
+
+    def _begun(self, init: Path) -> tuple[VisionEncoder, Decoder]:
+        """The parts of another checkpoint, in the words of this one's tokenizer."""
+        config = read_config(init / "config.json")
+        before, now = Processor(init, config).tokenizer, self.processor.tokenizer
+        quiet = lambda done, total: None  # noqa: E731
+        vision, decoder = load_model(init, config, OPS, self.dtype, self.device, None, quiet)
+        if before.get_vocab() != now.get_vocab():
+            for part in (decoder.embed_tokens, decoder.lm_head):
+                if part is not None:
+                    part.weight = nn.Parameter(retokenized(part.weight.detach(), before, now))
+        return vision, decoder
 
     def batch(self, micro: int) -> BaseBatch:
         """Pictures of one canvas and their questions."""

@@ -173,4 +173,5 @@ CURRICULA = {
     "late": _WHOLE[-2:],
     "reading": _READING,
     "letters": _LETTERS,
+    "spelling": _READING[2:],
 }

@@ -1,8 +1,13 @@
-"""A tokenizer for the world: byte-level BPE as Qwen's, with its control tokens, but few merges."""
+"""A tokenizer for the world: byte-level BPE as Qwen's, with its control tokens, but no merges.
+
+A word of the world's phrases is a token, any other is spelled byte by byte. Merges would cut names
+into pieces that differ from name to name (" m", "el", "on"), and a model that has to read names it
+has never seen would have to learn each piece as a picture and as an answer.
+"""
 
 from collections.abc import Iterable
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 # Qwen2's split: contractions, words with a leading space, single digits, punctuation, white space.
 SPLIT = (
@@ -32,22 +37,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """A tokenizer of `size` tokens in all; the control tokens are the last."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    """A tokenizer of single bytes and the words of `texts`; the control tokens are the last."""
+    split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pieces = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
+    words = sorted(
+        as_bytes.pre_tokenize_str(piece)[0][0]
+        for piece in pieces
+        if len(piece) > 1 and not piece.isupper()  # a code in capitals is no word
     )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(alphabet + words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - len(CONTROL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL])
     return tokenizer
 
@@ -55,7 +59,8 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
 def tokenizer_config() -> dict:
     """Content of tokenizer_config.json, the chat template included."""
     return {
-        "tokenizer_class": "Qwen2Tokenizer",
+        # transformers' Qwen2Tokenizer would make its own of the vocabulary, and merge.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "bos_token": None,
         "eos_token": "<|im_end|>",
