@@ -75,7 +75,8 @@ def _parser() -> Parser:
         "--curriculum",
         choices=CURRICULA,
         default="whole",
-        help="from nothing, its last two stages, or to read small print (default: whole)",
+        help="from nothing, its last two stages, or to read: small print, letters, spelled names "
+        "(default: whole)",
     )
     base.add_argument(
         "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"

@@ -158,7 +158,8 @@ _READING = (
     ),
     Stage(share=90, work=1300, questions=8, aid=(0.7, 0.3), draws=_LAST),
 )
-# For one that answers, but reads no words that are new to it: without questions, on all sizes.
+# For one that answers, but reads no words that are new to it: first without questions, on all
+# sizes ("letters"), then with them, on small pictures first ("spelling").
 _LETTERS = (
     Stage(
         share=1,
