@@ -1,6 +1,7 @@
 """The words that documents and charts print: sixty, invented ones, and some to transfer to."""
 
 import random
+from string import ascii_lowercase
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -31,11 +32,16 @@ _SAID = _words(
 # new on each, have to be read by their letters.
 INVENTED_SHARE = 0.7
 SHORTEST, LONGEST = 3, 7
-_VOWELS = _words("a e i o u a e i o u a e i o u y ai ea ee oa oo ou")
-_CONSONANTS = _words(
-    "b c d f g h j k l m n p r s t v w z b c d f g k l m n p r s t v br ch ck cl dr ff fl gl gr ll "
-    "nd ng nt pl pp qu rf rk sh sk sl sp ss st th tr tt x"
+_VOWELS = _words(
+    "a e i o u a e i o u a e i o u y ai au ay ea ee ei eu ew ey ia ie io oa oe oi oo ou ow ua ue ui"
 )
+_CONSONANTS = _words(
+    "b c d f g h j k l m n p r s t v w z b c d f g k l m n p r s t v bb bl br ch ck cl cr ct dd dl "
+    "dr ff fl fr ft gg gl gr ll ld lf lk lm lp lt mb mm mp nd ng nk nn ns nt pl pp pr pt qu rb rc "
+    "rd rf rg rk rl rm rn rp rs rt rv sc sh sk sl sm sn sp ss st str sw tch th tl tr tt tw wh x zz"
+)
+# How often a sound is any letter instead: no two letters are to be taken for granted.
+_ANY = 0.2
 
 
 def names_of(split: str, seed: int, index: int) -> tuple[str, ...]:
@@ -54,7 +60,11 @@ def _invented(rng: random.Random, count: int) -> tuple[str, ...]:
     known, found = {*_SAID, *NAMES, *TRANSFER_NAMES}, []
     while len(found) < count:
         sounds = (_VOWELS, _CONSONANTS) if rng.random() < 0.15 else (_CONSONANTS, _VOWELS)
-        word = "".join(rng.choice(sounds[part % 2]) for part in range(rng.randint(2, 5)))
+        parts = (
+            ascii_lowercase if rng.random() < _ANY else sounds[part % 2]
+            for part in range(rng.randint(2, 5))
+        )
+        word = "".join(rng.choice(part) for part in parts)
         if SHORTEST <= len(word) <= LONGEST and word not in known:
             known.add(word)
             found.append(word)
