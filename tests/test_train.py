@@ -34,7 +34,7 @@ from nanoglimpse.train.base import (
 from nanoglimpse.train.branches import OPS, visual_logits
 from nanoglimpse.train.curriculum import CURRICULA, Draw, Stage
 from nanoglimpse.train.data import File, World, domains_of
-from nanoglimpse.train.dense import CHARACTERS, FIELDS, NAME_LENGTH, DenseHead, targets
+from nanoglimpse.train.dense import CHARACTERS, FIELDS, NAME_LENGTH, READ, DenseHead, targets
 from nanoglimpse.train.examples import IGNORED, SHORT_WEIGHT, Example, collate, token_mask
 from nanoglimpse.train.glimpse import GlimpseTask, Losses, location_loss
 from nanoglimpse.train.loop import Recipe, train
@@ -515,50 +515,47 @@ def test_dense_targets():
     """By hand: a picture of two cells by two, a red circle with 7 on the right half."""
     item = Item((0.5, 0.0, 1.0, 1.0), "circle", "red", "", "7", ((0.6, 0.0, 0.9, 0.25),), ("7",))
     picture = type("Picture", (), {"items": (item,)})
-    wanted, weights, printed = targets(picture, (1, 4, 4), 2)
+    wanted, weights = targets(picture, (1, 4, 4), 2)
     assert wanted.shape == (4, 2, len(FIELDS))
     assert wanted[0].unique().tolist() == wanted[2].unique().tolist() == [0]
     thing = [1, 1, *[0] * NAME_LENGTH, 8, 0, 0, 0, 0, 0]
-    assert wanted[1].tolist() == wanted[3].tolist() == [thing, thing]
+    assert wanted[1, :, :READ].tolist() == wanted[3, :, :READ].tolist() == [thing, thing]
+    assert wanted[1, 0, READ:].tolist() == [8, 0, 0, 0, 0]
+    assert not wanted[[1, 3, 3], [1, 0, 1], READ:].any()
     assert weights.tolist() == [
         [pytest.approx(0.3)] * 2,
         [5.0, 1.0],
         [pytest.approx(0.3)] * 2,
         [1.0, 1.0],
     ]
-    assert [row.nonzero().flatten().tolist() for row in printed] == [[], [7], [], []]
+
+
+def printed(item: Item, height: int, width: int) -> list[list[list[str]]]:
+    """What is to be read in the halves of the cells of a picture, row by row."""
+    picture = type("Picture", (), {"items": (item,)})
+    wanted = targets(picture, (1, 2 * height, 2 * width), 2)[0][..., READ:]
+    rows = wanted.view(height, width, 2, -1).transpose(1, 2).flatten(0, 1)
+    return [
+        ["".join(CHARACTERS[i - 1] for i in half if i) for half in row] for row in rows.tolist()
+    ]
 
 
 def test_characters_are_read_where_they_are_printed():
-    """Two words on four cells: each letter belongs to the cell that has most of it, or is full."""
-    boxes = ((0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1))
-    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "Z9", boxes, ("Ab", "Z9"))
-    picture = type("Picture", (), {"items": (item,)})
-    printed = targets(picture, (1, 4, 8), 2)[2].view(2, 4, -1)
-    found = {
-        (row, column): [CHARACTERS[i] for i in printed[row, column].nonzero().flatten()]
-        for row in range(2)
-        for column in range(4)
-    }
-    assert found == {
-        (0, 0): ["A"],
-        (0, 1): ["B"],
-        (0, 2): [],
-        (0, 3): [],
-        (1, 0): [],
-        (1, 1): [],
-        (1, 2): ["Z"],
-        (1, 3): ["9"],
-    }
+    """In the cell that their middle is in, from left to right; in a half that has much of them."""
+    boxes = ((0, 0, 0.5, 0.25), (0.5, 0.45, 1, 1))
+    item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "Z9", boxes, ("Ab:", "10.5"))
+    assert printed(item, 2, 4) == [
+        ["A", "B", "", ""],
+        ["", "", "", ""],
+        ["", "", "10", ".5"],
+        ["", "", "10", ".5"],
+    ]
 
 
 def test_characters_are_as_wide_as_they_are_printed():
-    """Three narrow letters take less than half of the four cells, the wide one all others."""
+    """Three narrow letters lie in the first of two cells, the wide one behind them in the other."""
     item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "", "9", ((0, 0, 1, 1),), ("iiiw",))
-    printed = targets(type("Picture", (), {"items": (item,)}), (1, 2, 8), 2)[2]
-    found = [[CHARACTERS[i] for i in cell.nonzero().flatten()] for cell in printed]
-    assert found[0] == ["I"]
-    assert found[2:] == [["W"], ["W"]]
+    assert printed(item, 1, 2) == [["III", "W"]] * 2
 
 
 def test_a_named_thing_is_known_where_its_value_is():
@@ -567,7 +564,7 @@ def test_a_named_thing_is_known_where_its_value_is():
     item = Item((0.0, 0.0, 1.0, 1.0), "row", "", "ab", "9", boxes, ("ab:", "9"))
     picture = type("Picture", (), {"items": (item,)})
     wanted = targets(picture, (1, 2, 8), 2)[0][:, 0]
-    name, value = wanted[:, 2 : 2 + NAME_LENGTH], wanted[:, 2 + NAME_LENGTH :]
+    name, value = wanted[:, 2 : 2 + NAME_LENGTH], wanted[:, 2 + NAME_LENGTH : READ]
     spelled, nine = [1, 2, 0, 0, 0, 0], [10, 0, 0, 0, 0, 0]
     assert wanted[:, 0].unique().tolist() == [8]
     assert name.tolist() == [spelled, [-100] * 6, [-100] * 6, spelled]
@@ -580,8 +577,7 @@ def test_what_is_ignored_trains_nothing():
         torch.nn.init.normal_(parameter)
     wanted = torch.full((3, 2, len(FIELDS)), -100)
     wanted[..., 0] = 2
-    weights, printed = torch.ones(3, 2), torch.zeros(3, len(CHARACTERS))
-    head(torch.randn(3, 4), wanted, weights, printed)[0].backward()
+    head(torch.randn(3, 4), wanted, torch.ones(3, 2))[0].backward()
     rows = head.things.weight.grad.view(2, sum(FIELDS), 4).abs().sum((0, 2))
     assert bool((rows[: FIELDS[0]] > 0).all())
     assert not bool(rows[FIELDS[0] :].any())

@@ -5,7 +5,8 @@ are still at chance. So a linear head on the visual tokens predicts, for the upp
 half of each cell, kind, colour, first letters of the name and characters of the value of the thing
 there. All cells of a thing carry all of it; but where it has a name, only those of its value do,
 and those of the name the name alone: a decoder finds a value by the name, and once is enough.
-Reading comes before that: a second head says which characters are printed in a cell, in any order.
+Reading comes before that: a half also says which characters are printed in it, from left to right.
+A character belongs to the cell that its middle is in, so that none is read twice.
 """
 
 import torch
@@ -18,30 +19,31 @@ from ..world.canvas import edges
 
 LETTERS, CHARACTERS = "abcdefghijklmnopqrstuvwxyz", "0123456789.ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NAME_LENGTH, VALUE_LENGTH = 6, 6
+PRINTED_LENGTH = 5  # as many characters as are printed beside each other in a cell
 FIELDS = (
     len(KINDS) + 1,
     len(COLOURS) + 1,
     *[len(LETTERS) + 1] * NAME_LENGTH,
     *[len(CHARACTERS) + 1] * VALUE_LENGTH,
+    *[len(CHARACTERS) + 1] * PRINTED_LENGTH,
 )
 HALVES = 2
-SHOWN = {"kind": 0, "colour": 1, "name": 2, "value": 2 + NAME_LENGTH}
-READ_WEIGHT = 2.0
+READ = len(FIELDS) - PRINTED_LENGTH
+SHOWN = {"kind": 0, "colour": 1, "name": 2, "value": 2 + NAME_LENGTH, "read": READ}
 NOTHING_WEIGHT, THING_WEIGHT, TEXT_WEIGHT = 0.3, 1.0, 5.0
 COVERED, PRINTED = 0.2, 0.4
 IGNORED = -100
 
 
-def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor, Tensor]:
+def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor]:
     """What to predict.
 
     Returns:
-        int64 [N, 2, fields], 0 for nothing there, IGNORED for what a half need not know; fp32
-        [N, 2], how much each half counts; and fp32 [N, characters], 1 for those that are printed in
-        a cell.
+        int64 [N, 2, fields], 0 for nothing there, IGNORED for what a half need not know; and fp32
+        [N, 2], how much each half counts.
     """
     height, width = HALVES * grid[1] // merge, grid[2] // merge
-    rows = torch.tensor([[0] * len(FIELDS), *(_fields(item) for item in picture.items)])
+    rows = torch.tensor([[0] * READ, *(_fields(item) for item in picture.items)])
     things = _cover([item.box for item in picture.items], height, width)
     best, thing = things.max(0)
     thing = torch.where(best > COVERED, thing + 1, 0)
@@ -54,27 +56,32 @@ def targets(picture: Picture, grid: Grid, merge: int) -> tuple[Tensor, Tensor, T
     named = torch.tensor([False, *(bool(item.name) for item in picture.items)])[thing]
     wanted[..., SHOWN["value"] :][named & ~(inked & values[text])] = IGNORED
     wanted[..., SHOWN["name"] : SHOWN["value"]][named & ~inked] = IGNORED
-    printed = _printed(picture, height // HALVES, width)
-    return _by_token(wanted, width), _by_token(weights, width), printed
+    wanted = torch.cat((wanted, _printed(picture, height, width)), dim=2)
+    return _by_token(wanted, width), _by_token(weights, width)
 
 
 def _printed(picture: Picture, height: int, width: int) -> Tensor:
-    """Multi-hot characters of each cell; a colon behind a name is none."""
-    found = torch.zeros(height * width, len(CHARACTERS))
-    boxes, characters = [], []
+    """int64 [height, width, PRINTED_LENGTH], the characters of each half, 0 behind the last."""
+    found: dict[tuple[int, int], list[tuple[float, int]]] = {}
     for item in picture.items:
         for (x0, y0, x1, y1), text in zip(item.text_boxes, item.texts, strict=True):
+            top, foot = y0 * height, y1 * height
+            halves = [
+                row
+                for row in range(int(top), min(int(foot) + 1, height))
+                if min(foot, row + 1) - max(top, row) > PRINTED * min(foot - top, 1)
+            ]
             sides = [x0 + share * (x1 - x0) for share in edges(text)]
             for character, left, right in zip(text.upper(), sides, sides[1:], strict=False):
-                if character in CHARACTERS:
-                    boxes.append((left, y0, right, y1))
-                    characters.append(CHARACTERS.index(character))
-    covers = _cover(boxes, height, width).flatten(1)
-    area = covers.sum(1, keepdim=True)
-    seen = (covers > PRINTED * area) | (covers > PRINTED)
-    for cells, character in zip(seen, characters, strict=True):
-        found[cells, character] = 1
-    return found
+                middle = (left + right) / 2 * width
+                for row in halves if character in CHARACTERS else ():
+                    cell = found.setdefault((row, min(int(middle), width - 1)), [])
+                    cell.append((middle, CHARACTERS.index(character) + 1))
+    printed = torch.zeros(height, width, PRINTED_LENGTH, dtype=torch.int64)
+    for (row, column), characters in found.items():
+        ordered = [number for _, number in sorted(characters)][:PRINTED_LENGTH]
+        printed[row, column, : len(ordered)] = torch.tensor(ordered)
+    return printed
 
 
 def _by_token(x: Tensor, width: int) -> Tensor:
@@ -101,21 +108,20 @@ def _fields(item) -> list[int]:
 
 
 class DenseHead(nn.Module):
-    """The linear heads; only training needs them."""
+    """The linear head; only training needs it."""
 
     def __init__(self, size: int):
         super().__init__()
         self.things = nn.Linear(size, HALVES * sum(FIELDS))
-        self.printed = nn.Linear(size, len(CHARACTERS))
 
     def forward(
-        self, visual: Tensor, wanted: Tensor, weights: Tensor, printed: Tensor
+        self, visual: Tensor, wanted: Tensor, weights: Tensor
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss, and shares of text cells that are right: kind, colour, name, value, characters.
+        """Loss, and shares of text halves that are right: the first of each of `SHOWN`.
 
         Args:
             visual: [N, C].
-            wanted, weights, printed: from `targets`.
+            wanted, weights: from `targets`.
         """
         logits = self.things(visual).float().view(-1, sum(FIELDS))
         wanted, halves = wanted.view(-1, len(FIELDS)), weights.view(-1)
@@ -125,10 +131,5 @@ class DenseHead(nn.Module):
             loss = loss + F.cross_entropy(part, wanted[:, field], reduction="none")
             asked = text & (wanted[:, field] != IGNORED)
             right.append((part[asked].argmax(1) == wanted[asked, field]).float())
-        things = loss @ halves / halves.sum()
-        guess, cells = self.printed(visual).float(), weights.amax(1)
-        wrong = F.binary_cross_entropy_with_logits(guess, printed, reduction="none").sum(1)
-        read = (guess > 0) == printed.bool()
         figures = {name: float(right[field].mean()) for name, field in SHOWN.items()}
-        figures["read"] = float(read[printed.any(1)].all(1).float().mean())
-        return things + READ_WEIGHT * wrong @ cells / cells.sum(), figures
+        return loss @ halves / halves.sum(), figures
