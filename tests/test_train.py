@@ -99,10 +99,11 @@ def quiet(line: str) -> None:
     pass
 
 
-def test_a_branch_is_computed_as_if_it_were_alone(engine):
-    """Shared prefixes, other questions beside it and padding change nothing."""
+@pytest.mark.parametrize("gap", [0, 7])
+def test_a_branch_is_computed_as_if_it_were_alone(engine, gap):
+    """Shared prefixes, other questions beside it and padding change nothing; a gap moves it."""
     examples = World(("scene",), 2, 3, 5).examples(1)
-    rows = collate(examples, engine.processor, probes=False)
+    rows = collate(examples, engine.processor, probes=False, gap=gap)
     decoder, layout = engine.decoder, rows.layout
     with torch.no_grad():
         visual, _ = engine.vision(rows.patches, rows.grids)
@@ -113,6 +114,7 @@ def test_a_branch_is_computed_as_if_it_were_alone(engine):
     ends = layout.split + torch.arange(6) * layout.length
     for number, (example, one) in enumerate((e, a) for e in examples for a in e.asked):
         prompt = engine.prompt(example.image, one.question)
+        prompt.positions[:, layout.prefix :] += gap
         alone = engine.prefill(prompt, "dense").logits
         row = ends[number] + len(prompt) - layout.prefix - 1
         torch.testing.assert_close(decoder.logits(hidden[row][None])[0], alone)

@@ -89,13 +89,16 @@ class _Branch:
     probe: int
 
 
-def collate(examples: Sequence[Example], processor: Processor, *, probes: bool) -> Batch:
+def collate(
+    examples: Sequence[Example], processor: Processor, *, probes: bool, gap: int = 0
+) -> Batch:
     """A batch of pictures that come out of preprocessing in one size, with equally many questions.
 
     Args:
         examples: each with the same number of questions.
         processor: of the checkpoint.
         probes: leave a row for the glimpse before each answer (official `insert_learnable…`).
+        gap: how many positions further from the picture questions begin, as if text came between.
     """
     config = processor.config
     pictures = [preprocess_image(e.image, config=processor.pixels) for e in examples]
@@ -106,7 +109,7 @@ def collate(examples: Sequence[Example], processor: Processor, *, probes: bool) 
     layout = Branches(len(examples), len(prefix), len(examples[0].asked), length)
     ids = torch.tensor(prefix)
     positions = mrope_positions(ids, [grid], config)
-    following = positions.max() + 1 + torch.arange(length)
+    following = positions.max() + 1 + gap + torch.arange(length)
     pad = prefix[0]
     visual = (ids == config.image_token_id).nonzero().flatten()
     first = torch.arange(layout.pictures)[:, None] * layout.prefix

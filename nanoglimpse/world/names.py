@@ -32,16 +32,56 @@ _SAID = _words(
 # new on each, have to be read by their letters.
 INVENTED_SHARE = 0.7
 SHORTEST, LONGEST = 3, 7
-_VOWELS = _words(
-    "a e i o u a e i o u a e i o u y ai au ay ea ee ei eu ew ey ia ie io oa oe oi oo ou ow ua ue ui"
+# What invented names are like: nouns, none of them in the lists above.
+_LIKE = _words(
+    """
+    almond apron armchair axe bagel balloon bamboo banana barley barrel basil battery beaker
+    beef beetle bench berry bicycle bin biscuit blender board boiler bolt bonnet boot bow bowl
+    box bracket branch brass brick bridge brooch broom bubble bulb bun bunk button cabbage
+    cabin cable cactus camera canvas cape cart carton cashew castle celery cellar cereal chain
+    chalk cherry chess chest chicken chili chisel cider cinnamon clamp clay cloak cloth clove
+    coal cobbler cocoa coconut coin collar compass copper cord cork corn cotton couch cradle
+    crane crate crayon cream crown cumin curry curtain cushion cymbal daisy date deck desk
+    diary dice diesel dish door dough dragon drawer dress drill duck dust duvet easel eggplant
+    elastic engine envelope eraser fabric fan feather fender fern fiddle fig filter flag
+    flannel flask flour flower flute foil folder frame fruit fudge funnel gadget garlic garment
+    gate gauze ginger globe glue goggles gong gravel gravy grill guitar gutter halter ham
+    hamper handle hanger harness harp hatch hazelnut heater helmet hinge hook hoop horn hose
+    icing ink iron ivory jacket jar jeans jelly jewel jigsaw jug jumper kale kayak keg key kiwi
+    knob label lace ladle lantern latch lavender leaf leather leek legging lentil lettuce lever
+    lid lime linen lipstick loaf lock locker lotion magnet mallet mango maple marble marker
+    mask mat match mattress mayonnaise meat medal mint mitten mixer mobile mop mortar motor
+    muffin mug mushroom napkin necklace needle net noodle notebook nut oar oat oil orange
+    orchid organ oven oyster paddle padlock paint pan panel parsley pasta paste peach peanut
+    pear pebble pedal pickle pie pillar pin pipe pitcher pizza plant plaster pliers plug plum
+    poster pot potato powder prawn pump pumpkin puppet purse quilt quince radish raft raisin
+    rake raspberry ribbon rivet robe rocket roller rosemary rubber rug ruler rum saddle saffron
+    salad salmon sandal sauce saucer sausage saw scale scooter screw seed sesame shampoo shelf
+    shirt shovel shower sieve silk skate skirt sled slipper socket sofa spade spice spinach
+    spring squash stamp stapler starch steak stencil stool strap straw string suit swing switch
+    syrup table tablet tape tart teapot thread thyme tie tile timber tin tinsel toast toaster
+    tomato tongs torch toy tractor tray trolley trouser trumpet tuba tulip tumbler tuna tunic
+    turkey turnip twine tyre valve vanilla varnish veil velvet vest vinegar violin waffle wagon
+    walnut washer water wax wedge wheat wheel whisk whistle wicker wig wine wire wood wool
+    wreath wrench yarn yeast yoghurt zip
+    """
 )
-_CONSONANTS = _words(
-    "b c d f g h j k l m n p r s t v w z b c d f g k l m n p r s t v bb bl br ch ck cl cr ct dd dl "
-    "dr ff fl fr ft gg gl gr ll ld lf lk lm lp lt mb mm mp nd ng nk nn ns nt pl pp pr pt qu rb rc "
-    "rd rf rg rk rl rm rn rp rs rt rv sc sh sk sl sm sn sp ss st str sw tch th tl tr tt tw wh x zz"
-)
-# How often a sound is any letter instead: no two letters are to be taken for granted.
-_ANY = 0.2
+# Of a letter, how often it follows the two before it as in those nouns, or the one; else it is any.
+_AFTER_TWO, _AFTER_ONE = 0.55, 0.35
+_EDGE = "^"
+
+
+def _followers(before: int) -> dict[str, list[str]]:
+    """The letters after every so many, as often as they follow; _EDGE ends a word."""
+    found: dict[str, list[str]] = {}
+    for word in (*_LIKE, *NAMES):
+        text = _EDGE * before + word + _EDGE
+        for i in range(before, len(text)):
+            found.setdefault(text[i - before : i], []).append(text[i])
+    return found
+
+
+_ONE, _TWO = _followers(1), _followers(2)
 
 
 def names_of(split: str, seed: int, index: int) -> tuple[str, ...]:
@@ -56,16 +96,25 @@ def names_of(split: str, seed: int, index: int) -> tuple[str, ...]:
 
 
 def _invented(rng: random.Random, count: int) -> tuple[str, ...]:
-    """Different words of sounds, none of them in a list."""
+    """Different words that look like nouns, of all lengths, none of them printed elsewhere."""
     known, found = {*_SAID, *NAMES, *TRANSFER_NAMES}, []
     while len(found) < count:
-        sounds = (_VOWELS, _CONSONANTS) if rng.random() < 0.15 else (_CONSONANTS, _VOWELS)
-        parts = (
-            ascii_lowercase if rng.random() < _ANY else sounds[part % 2]
-            for part in range(rng.randint(2, 5))
-        )
-        word = "".join(rng.choice(part) for part in parts)
-        if SHORTEST <= len(word) <= LONGEST and word not in known:
+        word, length = _word(rng), SHORTEST + len(found) % (LONGEST + 1 - SHORTEST)
+        if len(word) == length and word not in known:
             known.add(word)
             found.append(word)
     return tuple(found)
+
+
+def _word(rng: random.Random) -> str:
+    text = _EDGE * 2
+    while True:
+        chance, follow = rng.random(), list(ascii_lowercase)
+        if chance < _AFTER_TWO and text[-2:] in _TWO:
+            follow = _TWO[text[-2:]]
+        elif chance < _AFTER_TWO + _AFTER_ONE:
+            follow = _ONE[text[-1]]
+        letter = rng.choice(follow)
+        if letter == _EDGE:
+            return text[2:]
+        text += letter
