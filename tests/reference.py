@@ -202,8 +202,9 @@ def run(
     max_ratio=None,
     min_tokens=1,
 ) -> Reference:
-    """A prompt through all stages and `new_tokens` greedy tokens; images only."""
-    text = model.config.text_config
+    """A prompt through all stages and `new_tokens` greedy tokens; images only; in model.dtype."""
+    text, patches = model.config.text_config, patches.to(model.dtype)
+    tensors = {name: tensor.to(model.dtype) for name, tensor in tensors.items()}
     token_ids = torch.as_tensor(token_ids)
     is_image = token_ids == model.config.image_token_id
     visual, taps = vision(model, patches, grids, config["selected_visual_layers"])

@@ -15,6 +15,7 @@ from nanoglimpse.evaluate.__main__ import main
 from nanoglimpse.evaluate.answers import Lot, answer, bits, figures
 from nanoglimpse.evaluate.arms import Arm, check, combine
 from nanoglimpse.evaluate.questions import Files, World, questions
+from nanoglimpse.evaluate.scores import contains, overlap
 from nanoglimpse.evaluate.store import Results
 from nanoglimpse.generate import EXAMPLES
 from nanoglimpse.methods import METHODS
@@ -264,15 +265,21 @@ def test_cells_as_bits():
 
 
 def test_figures_of_examples_are_those_of_each_asked_alone(nano):
-    items = list(Files([EXAMPLES / "questions.jsonl"], None, 5).items(False))
+    items = list(Files([EXAMPLES / "questions.jsonl"], None, 40).items(False))
     examples = [Example(item.opened().picture, (item.asked,)) for item in items]
     alone = [nano.ask(i.picture, i.asked.question, method="glimpse") for i in items]
     found = figures(nano, examples, batch=3)
     kept = [float(one.kept.float().mean()) for one in alone]
     assert found["retention"] == pytest.approx(sum(kept) / len(kept))
     assert found["accuracy"] == sum(
-        item.asked.short in one.text for item, one in zip(items, alone, strict=True)
+        contains(one.text, item.asked.short) for item, one in zip(items, alone, strict=True)
     ) / len(items)
+    masks = [
+        token_mask(i.asked.boxes, nano.prompt(e.image, "").grids[0], nano.config)
+        for i, e in zip(items, examples, strict=True)
+    ]
+    recall = [overlap(o.kept, m)[0] for o, m in zip(alone, masks, strict=True) if m.any()]
+    assert found["recall"] == pytest.approx(sum(recall) / len(recall))
     assert 0 < found["recall"] < 1
 
 

@@ -27,13 +27,15 @@ from .tiny import chat_ids, config_dict, patches_of, write_checkpoint
 GRID = (1, 12, 18)
 # Largest error of a level, as a share of the largest weight of its row or group: half a step.
 STEP = {"int8": 0.5 / 127, "int4": 1 / 15}
+# Of fp32. A sum may be wrong by this share of its terms' magnitudes, whatever a BLAS reaches.
+UNIT = torch.finfo(torch.float32).eps / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 5, quantized.FEW_ROWS + 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_product_is_that_of_the_matrix_it_stands_for(kind, rows, dtype):
-    """Both norms of the error, each at most twice that of a dense product in the same dtype."""
+    """Both norms of the error, each at most twice a dense product's in that dtype, or a UNIT."""
     weight, bias = torch.randn(80, 3 * GROUP).to(dtype), torch.randn(80).to(dtype)
     x = torch.randn(2 * rows, 3 * GROUP).to(dtype)[::2]
     plain = dequantize(levels(weight, kind))
@@ -43,8 +45,9 @@ def test_a_product_is_that_of_the_matrix_it_stands_for(kind, rows, dtype):
         (out.double() - exact).norm(dim=-1)
         for out in (PRODUCTS[kind](x, packed, bias, scales), F.linear(x, plain.to(dtype), bias))
     )
-    assert float(ours.norm()) <= max(2 * float(theirs.norm()), 1e-5)
-    assert float(ours.max()) <= max(2 * float(theirs.max()), 1e-5)
+    rounding = (UNIT * x.abs().double() @ plain.abs().double().T).norm(dim=-1)
+    assert float(ours.norm()) <= max(2 * float(theirs.norm()), float(rounding.norm()))
+    assert float(ours.max()) <= max(2 * float(theirs.max()), float(rounding.max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,4 +265,5 @@ def test_a_packed_product_of_few_rows(rows, dtype):
     exact = x.double() @ weight.double().T + bias.double()
     assert ours.shape == exact.shape
     errors = [(out.double() - exact).norm() for out in (ours, theirs)]
-    assert errors[0] <= 2 * errors[1]
+    rounding = (UNIT * x.abs().double() @ weight.abs().double().T).norm()
+    assert errors[0] <= max(2 * errors[1], rounding)
