@@ -636,6 +636,18 @@ def test_what_is_drawn_often(folder):
         assert drawn[side] == pytest.approx(30 * often, abs=25)
 
 
+def test_half_of_the_questions_begin_further_from_the_picture(folder):
+    stage = Stage(1, 40, 1, (1, 1), (Draw("scene", ((112, 112),), (1, 1)),))
+    task = BaseTask(folder, [stage], 60, 0, torch.device("cpu"), torch.float32)
+    gaps = []
+    for rows in (task.batch(micro).rows for micro in range(60)):
+        split = rows.layout.split
+        gaps.append(int(rows.positions[:, split:].min() - rows.positions[:, :split].max()) - 1)
+    assert 20 < gaps.count(0) < 40
+    assert min(gaps) == 0
+    assert 15 < max(gaps) <= base.GAP
+
+
 def test_a_base_run_of_some_domains(tmp_path):
     """Only these are drawn, from the first stage that has them, and reported."""
     write_folder(tmp_path, SHAPE, 0, pictures=40)
