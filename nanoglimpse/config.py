@@ -98,6 +98,7 @@ class GlimpseConfig:
     attn_fuse_global: bool
     selected_visual_layers: tuple[int, ...]
     deep_supervision: bool
+    use_attention_logits: bool = True
     reduce_threshold: float = 0.5
     min_remain_num: int | None = 1
     max_remain_ratio: float | None = None
@@ -136,7 +137,6 @@ _VISION_IGNORED = {"spatial_patch_size"}
 _GLIMPSE_FIXED = {
     "attn_fuse_type": "AttnFuserV1",
     "attn_fuse_hidden_act": "silu",
-    "use_attention_logits": True,
     "le_length": 1,
     "le_norm_type": "rmsnorm",
     "use_ref_masks": False,

@@ -67,20 +67,33 @@ class Predictor(Module):
         self.attn_out_proj = Linear(size, 1)
         self.vision_config = config.vision_config
         self.attends_globally = glimpse.attn_fuse_global
+        self.reads_logits = glimpse.use_attention_logits
         self.head_dim = (size + condition) // heads
 
-    def forward(self, glimpse_logits: Tensor, taps: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def forward(
+        self, glimpse_logits: Tensor, taps: Tensor, grids: Sequence[Grid], counts: Sequence[int]
+    ) -> Tensor:
         """Importance of visual tokens.
+
+        The released predictors read raw logits. With `use_attention_logits` false these become
+        log-probabilities among the visual tokens of their prompt (the official code takes a
+        log-softmax for LLaVA): how high they are all together, which no softmax sees and which
+        other kinds of pictures change, says nothing then.
 
         Args:
             glimpse_logits: [N, HQ · layers], raw.
             taps: [M, N, Cv], one for each block of the predictor.
             grids: (t, h, w) in patches of the images that the N visual tokens make up.
+            counts: how many of them each prompt has.
 
         Returns:
             [N], logits: the sigmoid is left to the selection.
         """
         rope, packing = self.plan(tuple(grids), glimpse_logits.device)
+        if not self.reads_logits:
+            prompts = glimpse_logits.float().split(list(counts))
+            shares = torch.cat([prompt.log_softmax(0) for prompt in prompts])
+            glimpse_logits = shares.to(glimpse_logits.dtype)
         x = self.attn_in_proj(glimpse_logits)
         for project, block, tap in zip(self.cond_in_projs, self.layers, taps, strict=True):
             x = block(x, project(tap), rope, packing)

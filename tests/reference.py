@@ -237,7 +237,8 @@ def run(
     hidden = rows[:-1]
     logits = torch.cat([looks[index] for index in config["selected_layers"]], -1)
     windows = not config["attn_fuse_global"]
-    importance = predictor(tensors, config, logits, taps, grids, windows)
+    read = logits if config["use_attention_logits"] else logits - logits.logsumexp(0)
+    importance = predictor(tensors, config, read, taps, grids, windows)
     threshold = config["reduce_threshold"] if threshold is None else threshold
     kept = select(importance, threshold, max_ratio, min_tokens)
     stays = torch.ones(len(token_ids), dtype=torch.bool)

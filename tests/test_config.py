@@ -138,7 +138,7 @@ def test_what_is_refused_is_named(data, words, tmp_path):
 GLIMPSE_REFUSED = {
     "unknown key": ({"le_depth": 2}, "le_depth"),
     "other predictor": ({"attn_fuse_type": "AttnFuserV2"}, "AttnFuserV2"),
-    "softmax": ({"use_attention_logits": False}, "use_attention_logits"),
+    "logits": ({"use_attention_logits": "no"}, "use_attention_logits"),
     "layer": ({"reduce_layer": 6}, "reduce_layer 6"),
     "selected layer": ({"selected_layers": [4]}, "selected_layers"),
     "tap": ({"selected_visual_layers": [5]}, "selected_visual_layers"),

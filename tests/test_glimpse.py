@@ -45,12 +45,21 @@ def close(ours, theirs, tolerance=1e-5):
     [
         {},
         {"attn_fuse_global": False},
+        {"use_attention_logits": False},
         {"selected_layers": [1, 3]},
         {"le_layers": [0, 2]},
         {"reduce_layer": 5, "selected_layers": [5]},
         {"reduce_layer": 0, "selected_layers": [0]},
     ],
-    ids=["released", "windows", "two layers", "some vectors", "last layer", "first layer"],
+    ids=[
+        "released",
+        "windows",
+        "log-softmax",
+        "two layers",
+        "some vectors",
+        "last layer",
+        "first layer",
+    ],
 )
 def test_every_stage_equals_the_reference(tiny_folder, hf, tmp_path, name, change):
     config = write_glimpse(tmp_path, tiny_folder, **change)
@@ -265,6 +274,26 @@ def test_a_batch_equals_each_prompt_alone(tiny, method):
         assert [step[number] for step in steps] == list(tiny.decode(one, 16, ignore_eos=True))
 
 
+def test_log_probabilities_are_those_of_each_prompt(tiny_folder, tmp_path):
+    """Of all images of a prompt together, and whatever else is in the batch."""
+    write_glimpse(tmp_path, tiny_folder, use_attention_logits=False)
+    engine = load(tiny_folder, glimpse=tmp_path, dtype="float32", device="cpu")
+    prompts = [
+        prompt_of(engine, 3, (1, 12, 18), 5, seed=1),
+        prompt_of(engine, 11, seed=2),
+        prompt_of(engine, 2, (1, 10, 6), 1, (1, 6, 20), 9, seed=3),
+    ]
+    together = engine.prefill_many(prompts)
+    alone = [engine.prefill(prompt) for prompt in prompts]
+    close(together.importance, torch.cat([one.importance for one in alone]))
+    last = alone[2]
+    with torch.inference_mode():
+        higher = engine.glimpse.predictor(
+            last.glimpse_logits + 9, last.taps, prompts[2].grids, [len(last.kept)]
+        )
+    close(higher, last.importance)
+
+
 def test_gradients_flow_after_inference(tiny_folder):
     """The modules that infer also train; what inference has cached must not stand in the way."""
     engine = load(tiny_folder, dtype="float32", device="cpu", backend="torch")
@@ -274,7 +303,7 @@ def test_gradients_flow_after_inference(tiny_folder):
     patches = prompt.patches.clone().requires_grad_()
     visual, taps = engine.vision(patches, [grid], (4, 2, 1))
     predictor = engine.glimpse.predictor.requires_grad_(True)
-    importance = predictor(prefill.glimpse_logits.clone(), taps, [grid])
+    importance = predictor(prefill.glimpse_logits.clone(), taps, [grid], [len(prefill.kept)])
     torch.testing.assert_close(importance, prefill.importance.clone())
     (importance.sum() + visual.square().sum()).backward()
     assert float(patches.grad.abs().sum()) > 0

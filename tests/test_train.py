@@ -859,7 +859,13 @@ def test_domains():
 def test_ablations_of_the_paper_are_ordinary_weights(folder, tmp_path):
     """Each writes a folder that the engine prunes with."""
     for number, option in enumerate(
-        ["--no-predictor", "--no-visual-condition", "--no-location-loss", "--no-lm-loss"]
+        [
+            "--no-predictor",
+            "--no-visual-condition",
+            "--no-location-loss",
+            "--no-lm-loss",
+            "--log-softmax",
+        ]
     ):
         run = tmp_path / str(number)
         options = ["--model", str(folder), "--device", "cpu", "--steps", "1", "--pictures", "1"]
@@ -868,6 +874,7 @@ def test_ablations_of_the_paper_are_ordinary_weights(folder, tmp_path):
         assert main(["glimpse", str(run), *options, option]) == 0
         engine = load(folder, glimpse=run / "glimpse", device="cpu", dtype="float32")
         assert engine.glimpse.config.layers == 3
+        assert engine.glimpse.config.use_attention_logits == (option != "--log-softmax")
         image = render(0, 0, domain="scene", canvas=(224, 224)).image
         answer = engine.ask(image, "What?", max_new_tokens=1)
         assert answer.importance.shape == (64,)

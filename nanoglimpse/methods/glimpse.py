@@ -45,5 +45,6 @@ class GlimpsePrune(Method):
             for layer in glimpse.config.selected_layers
         ]
         logits = torch.cat(logits, dim=-1)
-        importance = glimpse.predictor(logits, look.taps, look.batch.all_grids)
+        batch = look.batch
+        importance = glimpse.predictor(logits, look.taps, batch.all_grids, batch.visual_counts)
         return Choice(look.by_rule(importance), importance, logits)

@@ -131,6 +131,11 @@ def _glimpse_options(parser: argparse.ArgumentParser) -> None:
         help="vision blocks that condition the predictor, first to last "
         "(default: four, the last one first)",
     )
+    add(
+        "--log-softmax",
+        action="store_true",
+        help="the predictor reads log-probabilities of the glimpse's attention, not its raw logits",
+    )
     add("--size", type=int, default=256, help="E, width of the predictor (default: 256)")
     add("--condition", type=int, default=512, help="F, width of the conditions (default: 512)")
     add(
@@ -309,6 +314,7 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
         attn_fuse_global=True,
         selected_visual_layers=() if plain else tuple(taps),
         deep_supervision=False,
+        use_attention_logits=not args.log_softmax,
         # Attention that nobody taught a place for has no natural threshold: only a cap prunes.
         reduce_threshold=0.0 if args.no_location_loss else args.threshold,
         max_remain_ratio=1 / 9 if args.no_location_loss else None,

@@ -10,6 +10,7 @@ from typing import Protocol
 from ..errors import NanoglimpseError, UsageError
 from ..processor import load_picture
 from ..world import DOMAINS, SPLITS, render
+from ..world.picture import CELL
 from .base import ask
 from .examples import Asked, Box, Example
 
@@ -35,7 +36,8 @@ class World:
         brief: share of the micro-batches whose prompts do say so.
     """
 
-    CANVASES = tuple((28 * w, 28 * h) for w, h in ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16)))
+    CELLS = ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16), (20, 20))
+    CANVASES = tuple((CELL * wide, CELL * high) for wide, high in CELLS)
 
     def __init__(
         self,

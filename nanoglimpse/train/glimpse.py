@@ -179,8 +179,9 @@ class GlimpseTask:
         questions, pictures = rows.layout.branches, rows.layout.pictures
         each = taps.unflatten(1, (pictures, -1)).repeat_interleave(questions, dim=1).flatten(1, 2)
         grids = [grid for grid in rows.grids for _ in range(questions)]
-        flat = self.predictor(glimpse_logits.flatten(0, 1).float(), each.float(), grids)
-        return flat.view(glimpse_logits.shape[:2])
+        count, tokens = glimpse_logits.shape[:2]
+        logits = glimpse_logits.flatten(0, 1).float()
+        return self.predictor(logits, each.float(), grids, [tokens] * count).view(count, tokens)
 
     def glimpse(self) -> Glimpse:
         """What has been trained so far, as the engine uses it."""
@@ -272,7 +273,6 @@ def glimpse_json(base: dict, config: GlimpseConfig, dropout: float) -> dict:
         "le_dropout_prob": dropout,
         "le_length": 1,
         "le_norm_type": "rmsnorm",
-        "use_attention_logits": True,
         "attn_fuse_type": "AttnFuserV1",
         "attn_fuse_hidden_act": "silu",
         "ori_attn_supervision": False,
