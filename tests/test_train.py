@@ -856,8 +856,8 @@ def test_domains():
     assert domains_of("world:scene,chart") == ("scene", "chart")
 
 
-def test_ablations_of_the_paper_are_ordinary_weights(folder, tmp_path):
-    """Each writes a folder that the engine prunes with."""
+def test_variants_are_ordinary_weights(folder, tmp_path):
+    """Ablations and the other input: each writes a folder that the engine prunes with."""
     for number, option in enumerate(
         [
             "--no-predictor",
