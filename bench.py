@@ -25,61 +25,49 @@ from pathlib import Path
 
 import torch
 
-from nanoglimpse.benchmark.arms import Peer
 from nanoglimpse.benchmark.cases import Case, accuracy
+from nanoglimpse.benchmark.contenders import Peer
 from nanoglimpse.benchmark.measuring import Roofs, machine, say
+from nanoglimpse.benchmark.models import random_engine, stored_engine
 from nanoglimpse.benchmark.operations import time_operations
 from nanoglimpse.benchmark.plot import plot
 from nanoglimpse.benchmark.ragged import Ragged, gains_at_once
 from nanoglimpse.benchmark.report import gains, report
-from nanoglimpse.benchmark.shapes import random_engine, stored_engine
+from nanoglimpse.cli import console
+from nanoglimpse.cli.ask import built_in
+from nanoglimpse.cli.console import Parser, adder
+from nanoglimpse.cli.options import add_shared
 from nanoglimpse.engine import Engine
-from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.generate import Parser, built_in
-from nanoglimpse.kernels.quantized import KINDS
+from nanoglimpse.errors import UsageError
 
 
 def parser() -> Parser:
     """All options."""
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="nano", help="checkpoint to time (default: nano)")
-    p.add_argument("--image", default=built_in()[0], help="(default: a 448 px scene)")
-    p.add_argument("--shape", help="3b, 7b or a config.json: random weights instead")
-    p.add_argument("--layers", type=int, help="of a shape, in each tower (default: all)")
-    p.add_argument("--visual-tokens", type=int, nargs="+", default=[256], help="(default: 256)")
-    p.add_argument("--retain", type=float, nargs="+", help="shares to force (a shape's: 0.111)")
-    p.add_argument("--text", type=int, default=40, help="text tokens of a shape (default: 40)")
-    p.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts (default: 1)")
-    p.add_argument(
-        "--ragged", type=int, nargs="+", help="instead: so many questions of different sizes"
-    )
-    p.add_argument("--new", type=int, default=64, help="tokens to answer (default: 64)")
-    p.add_argument("--rounds", type=int, default=11, help="counted rounds (default: 11)")
-    p.add_argument("--dtype", default="auto", help="(default: auto)")
-    p.add_argument("--device", default="auto", help="(default: auto)")
-    p.add_argument("--backend", default="auto", help="of the kernels (default: auto)")
-    p.add_argument("--quantize", choices=KINDS, help="decoder weights in few bits")
-    p.add_argument(
-        "--static", action="store_true", help="transformers with a static cache and compiled, too"
-    )
-    p.add_argument(
-        "--fold-pixels", action="store_true", help="pixels normalised in the patch embedding"
-    )
-    p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
-    p.add_argument("--alone", action="store_true", help="without transformers")
-    p.add_argument("--kernels", action="store_true", help="time operations instead of answers")
-    p.add_argument("--plot", metavar="PNG", help="prefill and decode against visual tokens")
+    add_shared(p, "model", "--model", "--device", "--dtype", "--backend", "--quantize")
+    add = adder(p)
+    static = "in addition, transformers with a static cache and a compiled decode step"
+    add("--image", built_in()[0], "picture to ask about", "a scene of 448 × 448 pixels", type=str)
+    add("--shape", str, "3b, 7b or a config.json: random weights in place of a checkpoint")
+    add("--layers", int, "layers of each tower of a shape", "all")
+    add("--visual-tokens", [256], "visual tokens of the picture of a shape")
+    add("--retain", float, "shares of visual tokens to keep", "0.111 for a shape", nargs="+")
+    add("--text", 40, "text tokens of the prompt of a shape")
+    add("--batch", [1], "prompts in a batch")
+    add("--ragged", int, "ask these numbers of questions of different sizes instead", nargs="+")
+    add("--new", 64, "tokens of an answer")
+    add("--rounds", 11, "rounds that are counted")
+    add("--static", False, static)
+    add("--threads", 0, "CPU threads", "torch's choice")
+    add("--alone", False, "do not run transformers")
+    add("--kernels", False, "time operations in place of answers")
+    add("--plot", str, "write a figure of prefill and decode times", metavar="PNG")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit code."""
-    args = parser().parse_args(arguments)
-    try:
-        return run(args)
-    except (NanoglimpseError, OSError) as error:
-        print(f"bench: error: {error}", file=sys.stderr)
-        return 2
+    return console.run(run, parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args
 
-from .errors import NanoglimpseError
+from nanoglimpse.errors import NanoglimpseError
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,24 @@ class GlimpseConfig:
         return self.reduce_layer + 1
 
 
+@dataclass(frozen=True)
+class PixelConfig:
+    """preprocessor_config.json; the defaults are those of the released Qwen2.5-VL checkpoints.
+
+    `raw` is not part of the file: patches then stay uint8 pixels, an eighth of the bytes, and the
+    vision encoder normalises them.
+    """
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 12845056
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    raw: bool = False
+
+
 _COMMON_IGNORED = {
     "_attn_implementation_autoset",
     "_name_or_path",
@@ -202,7 +220,8 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
         text, text_where = {k: v for k, v in data.items() if k in text_names}, where
     vision = dict(_section(data, "vision_config", where))
     # transformers 4.52 to 4.57 repeats keys of one section in the other; the owner's value counts.
-    own = {k: text[k] for k in ("tie_word_embeddings", "eos_token_id") if k in text}
+    shared = ("tie_word_embeddings", "eos_token_id")
+    own: dict[str, Any] = {k: text[k] for k in shared if k in text}
     own |= {k: v for k, v in data.items() if k not in text_names}
     own["eos_token_id"] = _token_ids(own.get("eos_token_id"))
     own["text_config"] = _build(
@@ -378,3 +397,43 @@ def check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
         set(glimpse.anchor_positions) <= set(ANCHORS),
         f"{where}: anchor_positions {glimpse.anchor_positions} are not among {ANCHORS}",
     )
+
+
+def read_pixel_config(path: Path, config: Config) -> PixelConfig:
+    """preprocessor_config.json, the released checkpoints' where there is none.
+
+    Sizes in pixels are read in either of the file's two layouts.
+
+    Raises:
+        NanoglimpseError: the file is broken, contradicts `config`, or asks for another resizing.
+    """
+    data = read_json(path) if path.exists() else {}
+    size = data.get("size") or {}
+    sides = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+    found: dict[str, Any] = {new: size[old] for new, old in sides.items() if old in size}
+    names = [f.name for f in fields(PixelConfig) if f.name != "raw"]
+    found |= {name: data[name] for name in names if data.get(name) is not None}
+    for name in ("image_mean", "image_std"):
+        if name in found:
+            found[name] = tuple(found[name])
+    vision = config.vision_config
+    for name, wanted in {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }.items():
+        value = found.get(name, wanted)
+        if value != wanted:
+            raise NanoglimpseError(f"{path}: {name} is {value}, config.json says {wanted}")
+        found[name] = wanted
+    if data.get("resample", 3) != 3 or not data.get("do_resize", True):
+        raise NanoglimpseError(f"{path}: only bicubic resizing (resample 3) is supported")
+    return PixelConfig(**found)
+
+
+def read_eos(path: Path, config: Config) -> frozenset[int]:
+    """Ids that end an answer: generation_config.json where it names some, else config.json."""
+    named = read_json(path).get("eos_token_id") if path.exists() else None
+    if named is None:
+        return frozenset(config.eos_token_id)
+    return frozenset([named] if isinstance(named, int) else named)

@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError
 
 
 def write_whole(path: Path, data: bytes) -> None:

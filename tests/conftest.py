@@ -15,8 +15,7 @@ if not torch.cuda.is_available():
 from triton.runtime import interpreter
 
 from nanoglimpse import load
-
-from .tiny import write_checkpoint, write_glimpse
+from tests.helpers.tiny import write_checkpoint, write_glimpse
 
 torch.set_num_threads(1)
 

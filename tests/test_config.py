@@ -7,10 +7,9 @@ import pytest
 
 from nanoglimpse import NanoglimpseError
 from nanoglimpse.config import parse_config, read_config, read_glimpse_config
+from tests.helpers.tiny import GLIMPSE, config_dict
 
-from .tiny import GLIMPSE, config_dict
-
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "weights" / "configs"
 # layers, width, query heads, kv heads, tied, vision MLP
 RELEASED = {
     "3b": (36, 2048, 16, 2, True, 3420),

@@ -13,8 +13,7 @@ from nanoglimpse.benchmark.measuring import resident
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.similarity import unit
-
-from .tiny import chat_ids, config_dict, patches_of, write_checkpoint, write_glimpse
+from tests.helpers.tiny import chat_ids, config_dict, patches_of, write_checkpoint, write_glimpse
 
 # 2,592 visual tokens, of which 1,296 in one picture. No axis of a weight, of a tile, or of a row of
 # features is longer than LONG: a tensor with two such axes is one of tokens by tokens.
@@ -188,6 +187,7 @@ def held():
     return len(gc.get_objects()), bytes_held, resident()
 
 
+@pytest.mark.slow
 def test_thousands_of_questions_leave_no_memory_behind(small):
     """Half a kilobyte for each question would be seen; the first hundred fill what is reused."""
     ask(small, 100)

@@ -1,15 +1,19 @@
 """What importing costs, what an installation holds, and that the tree keeps its form."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .examples import ANSWER
+from nanoglimpse.version import VERSION
+from tests.helpers.prompts import ANSWER
 
 ROOT = Path(__file__).parent.parent
+# Sub-packages that a checkout keeps beside the package.
+ROOMS = ("kernels", "weights")
 
 WATCH = """
 import sys, time
@@ -49,6 +53,7 @@ def test_import_is_light():
     assert out[2] == "False"
 
 
+@pytest.mark.slow
 def test_transformers_finds_no_package_kernels_in_a_checkout():
     """transformers looks for a published package of the name of our folder, and would import it."""
     code = "import transformers.activations, nanoglimpse; nanoglimpse.load()"
@@ -67,11 +72,47 @@ def installed(tmp_path_factory):
     return site
 
 
+PACKAGED = (
+    "py.typed",
+    "evaluate/page.html",
+    "kernels/varlen.py",
+    "kernels/reference/attention.py",
+    "kernels/triton_ops/attention.py",
+    "weights/configs/qwen2.5-vl-3b.json",
+    "weights/nano/model.safetensors",
+    "weights/nano/glimpse/glimpse.safetensors",
+)
+
+
 def test_an_installation_holds_everything(installed):
-    assert (installed / "nanoglimpse" / "kernels" / "attention.py").exists()
-    assert (installed / "nanoglimpse" / "weights" / "nano" / "model.safetensors").exists()
-    assert (installed / "nanoglimpse" / "evaluate" / "page.html").exists()
-    assert {p.name for p in installed.iterdir() if "dist-info" not in p.name} == {"nanoglimpse"}
+    missing = [name for name in PACKAGED if not (installed / "nanoglimpse" / name).exists()]
+    assert not missing
+    modules = {p.relative_to(ROOT / "nanoglimpse") for p in (ROOT / "nanoglimpse").rglob("*.py")}
+    modules |= {p.relative_to(ROOT) for room in ROOMS for p in (ROOT / room).rglob("*.py")}
+    assert modules == {
+        p.relative_to(installed / "nanoglimpse") for p in installed.rglob("nanoglimpse/**/*.py")
+    }
+    ours = {p.name for p in installed.iterdir() if "dist-info" not in p.name}
+    assert ours == {"nanoglimpse", "bin"}
+
+
+def test_an_installation_states_its_version_and_address(installed):
+    (metadata,) = installed.glob("*.dist-info/METADATA")
+    text = metadata.read_text("utf-8")
+    assert f"\nVersion: {VERSION}\n" in text
+    assert "\nProject-URL: Paper, https://arxiv.org/abs/2508.01548\n" in text
+
+
+def test_the_command_of_an_installation_answers(installed, tmp_path):
+    done = subprocess.run(
+        [installed / "bin" / "nanoglimpse", "generate", "--quiet"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == ANSWER + "\n"
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "in the checkout"])
@@ -93,3 +134,8 @@ def test_style(command):
         [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_before_a_commit_the_same_ruff_runs():
+    pinned = re.search(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text("utf-8"))[1]
+    assert f"rev: v{pinned} " in (ROOT / ".pre-commit-config.yaml").read_text("utf-8")

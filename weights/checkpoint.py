@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import read_json
-from ..errors import NanoglimpseError
-from .names import Part, canonical
+from nanoglimpse.config import read_json
+from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.weights.mapping import Part, canonical
 
 Progress = Callable[[int, int], None]
 SINGLE = "model.safetensors"
@@ -94,8 +94,10 @@ def fill(
         NanoglimpseError: a tensor is missing, unknown, or of another shape than its parameter.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    missing, state, file = dict(table), {}, ""
-    ready, left = {}, Counter(part.name for part in table.values())
+    missing, file = dict(table), ""
+    state: dict[str, Tensor] = {}
+    ready: dict[str, Tensor] = {}
+    left = Counter(part.name for part in table.values())
     for file, raw_name, tensor in source:
         name = canonical(raw_name)
         if unused(name):

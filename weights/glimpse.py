@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import Config, GlimpseConfig, read_glimpse_config
-from ..errors import NanoglimpseError, UsageError
-from ..files import write_whole
-from ..glimpse import Glimpse
-from ..kernels.ops import Ops
-from .checkpoint import fill, put, stream
-from .names import parts
+from nanoglimpse.config import Config, GlimpseConfig, read_glimpse_config
+from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.files import write_whole
+from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.model.glimpse import Glimpse
+from nanoglimpse.weights.checkpoint import fill, put, stream
+from nanoglimpse.weights.mapping import parts
 
 PUBLISHED, OWN = "new_modules_gp.pt", "glimpse.safetensors"
 _SECTIONS = ("attn_fuser", "learnable_embeddings", "le_norm", "le_proj")
@@ -57,7 +57,7 @@ def _flatten(file: Path) -> dict[str, Tensor]:
         raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
     if not isinstance(content, dict) or sorted(content) != sorted(_SECTIONS):
         raise NanoglimpseError(f"{file}: expected a dict of {', '.join(_SECTIONS)}")
-    flat = {}
+    flat: dict[str, Tensor] = {}
     for section, value in content.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
         flat |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}

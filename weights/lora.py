@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import read_json
-from ..errors import NanoglimpseError
-from .checkpoint import stream
-from .names import Part, canonical
+from nanoglimpse.config import read_json
+from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.weights.checkpoint import stream
+from nanoglimpse.weights.mapping import Part, canonical
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _UNSUPPORTED = {
@@ -59,10 +59,10 @@ def read_adapter(folder: Path) -> Adapter:
     matrices = {}
     for name in [name for name in loaded if name.endswith(".lora_A.weight")]:
         stem = name.removesuffix(".lora_A.weight")
-        pair = loaded.pop(name), loaded.pop(f"{stem}.lora_B.weight", None)
-        if pair[1] is None:
+        a, b = loaded.pop(name), loaded.pop(f"{stem}.lora_B.weight", None)
+        if b is None:
             raise NanoglimpseError(f"{file}: '{name}' has no lora_B beside it")
-        matrices[canonical(stem.removeprefix("base_model.model."))] = pair
+        matrices[canonical(stem.removeprefix("base_model.model."))] = (a, b)
     if loaded:
         raise NanoglimpseError(f"{file}: tensor '{min(loaded)}' is no LoRA matrix")
     return Adapter(file, alpha / (rank**0.5 if config.get("use_rslora") else rank), matrices)

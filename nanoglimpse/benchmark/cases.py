@@ -7,26 +7,24 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from ..engine import Engine
-from ..methods import METHODS
-from .arms import Ours, Static, Task
-from .measuring import say
-from .shapes import Forced, random_engine, stored_engine
-from .work import Cost, Work
+from nanoglimpse.benchmark.contenders import Ours, Static, Task
+from nanoglimpse.benchmark.measuring import say
+from nanoglimpse.benchmark.models import Forced, random_engine, stored_engine
+from nanoglimpse.benchmark.work import Cost, Work
+from nanoglimpse.engine import Engine
+from nanoglimpse.methods.base import PruningMethod
 
 # How far logits may be from those of the same weights elsewhere, relative to their norm.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def methods(engine: Engine, args: argparse.Namespace) -> dict[str, str]:
-    """Our arms, and the method of each; what forces a share is a method from here on."""
+def methods(engine: Engine, args: argparse.Namespace) -> dict[str, str | PruningMethod]:
+    """Our contenders, and the method of each."""
     shares = args.retain or ([0.111] if args.shape else [])
     if not engine.glimpse:
         return {"dense": "dense"}
     forced = {method.name: method for method in map(Forced, shares) if method.share_kept < 1}
-    METHODS.update(forced)
-    pruned = {name: name for name in forced} if shares else {"pruned": "glimpse"}
-    return {"dense": "dense", **pruned}
+    return {"dense": "dense", **(forced if shares else {"pruned": "glimpse"})}
 
 
 class Case:
@@ -57,7 +55,7 @@ class Case:
                 found.append(f"{what} differ by {error:.1e}, more than {limit:g}")
 
         logits = dense.prefill(2).logits
-        if self.peer and not self.engine.quantized:
+        if self.peer and not self.engine.model.quantized:
             check("logits from transformers'", logits, self.peer.logits())
             if self.engine.dtype == torch.float32:
                 count = min(self.args.new, 16)
@@ -69,8 +67,8 @@ class Case:
                     same = torch.equal(arm.tokens(self.args.new), self.peer.tokens(self.args.new))
                     found += [] if same else [f"tokens of {name} differ"]
         if self.engine.glimpse:
-            METHODS["all"] = Forced(1.0)
-            check("keeping all and dense", Ours(self.task, "all").prefill(2).logits, logits)
+            every = Ours(self.task, Forced(1.0))
+            check("keeping all and dense", every.prefill(2).logits, logits)
         for name, arm in self.arms.items():
             if isinstance(arm, Ours) and self.task.batch == 1:
                 session, question = self.task.begin(arm.method)
@@ -81,7 +79,7 @@ class Case:
                 inside, after = arm.prefill(2), arm.prefill(2, trace=True)
                 check(f"{name} inside and after layer K", inside.logits, after.logits)
                 left = inside.positions.shape[1]
-                if inside.cache.rows != left * self.engine.config.text_config.num_hidden_layers:
+                if inside.cache.num_rows != left * self.engine.config.text_config.num_hidden_layers:
                     found.append(f"{name} leaves other rows in the cache")
         return found
 

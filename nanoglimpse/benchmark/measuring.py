@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import __version__
-from ..engine import Engine
-from . import ROOT
-from .work import Cost
+from nanoglimpse.benchmark import ROOT
+from nanoglimpse.benchmark.work import Cost
+from nanoglimpse.engine import Engine
+from nanoglimpse.version import VERSION
 
 # What the roofs are measured with: rows and columns of a product, bytes to read.
 SIDE = {"cuda": 8192, "cpu": 2048}
@@ -72,7 +72,7 @@ class Roofs:
     """What the device reaches: FLOP/s of a large product, bytes/s of reading, in this dtype."""
 
     def __init__(self, engine: Engine):
-        device, dtype, ops = engine.device, engine.dtype, engine.ops
+        device, dtype, ops = engine.device, engine.dtype, engine.model.ops
         size = SIDE.get(device.type, 2048)
         with torch.inference_mode():
             a = torch.randn(size, size, device=device).to(dtype)
@@ -97,14 +97,13 @@ def machine(args: argparse.Namespace, engine: Engine, roofs: Roofs) -> dict:
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(engine.dtype)[6:],
-        "quantize": engine.quantized,
-        "fold_pixels": engine.vision.folded is not None,
+        "quantize": engine.model.quantized,
         "backend": args.backend,
         "model": args.shape or args.model,
         "layers": engine.config.text_config.num_hidden_layers,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "nanoglimpse": __version__,
+        "nanoglimpse": VERSION,
         "commit": commit(),
         "matrix_gflops": round(roofs.rate / 1e9),
         "read_gb_per_s": round(roofs.bandwidth / 1e9, 1),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import write_whole
-from .measuring import say
+from nanoglimpse.benchmark.measuring import say
+from nanoglimpse.files import write_whole
 
 PANELS = {"all prefill": "prefill of the decoder", "a token": "decode, a token"}
 COLOURS = ["#1f4e9c", "#c0392b", "#e08e0b", "#2e8b57", "#7d3c98", "#111111", "#17a2b8", "#d63384"]

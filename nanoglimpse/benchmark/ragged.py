@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..engine import Engine
-from ..errors import NanoglimpseError
-from ..processor import Prompt
-from ..world import BRIEF_SUFFIX
-from .arms import QUESTION, Peer, noise
-from .cases import CLOSE, methods
-from .measuring import Memory, now, say
-from .report import shown, spread, table
+from nanoglimpse.benchmark.cases import CLOSE, methods
+from nanoglimpse.benchmark.contenders import QUESTION, Peer, noise
+from nanoglimpse.benchmark.measuring import Memory, now, say
+from nanoglimpse.benchmark.report import shown, spread, table
+from nanoglimpse.engine import Engine
+from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.inputs.prompt import Prompt
+from nanoglimpse.world import BRIEF_SUFFIX
 
 # Of the largest picture.
 SIDES = (1.0, 0.5, 0.75, 0.25)
@@ -50,12 +50,7 @@ class Ragged:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        peer: Peer | None,
-        args: argparse.Namespace,
-        visual: int,
-        count: int,
+        self, engine: Engine, peer: Peer | None, args: argparse.Namespace, visual: int, count: int
     ):
         self.engine, self.args = engine, args
         self.items = list(
@@ -124,7 +119,7 @@ class Ragged:
     @property
     def compared(self) -> bool:
         """Whether transformers has the same weights."""
-        return self.peer is not None and not self.engine.quantized
+        return self.peer is not None and not self.engine.model.quantized
 
     def measure(self) -> None:
         """Rounds that alternate between the arms; the first warms up."""
@@ -234,7 +229,7 @@ class Padded:
     @torch.inference_mode()
     def answers(self) -> Answers:
         """Token ids, the ending one included."""
-        inputs, ends = self.inputs(), self.engine.eos_token_id
+        inputs, ends = self.inputs(), self.engine.model.eos_token_id
         eos = {"eos_token_id": sorted(ends)} if ends else {}
         out = self.model.generate(**inputs, max_new_tokens=self.new, do_sample=False, **eos)
         rows = out[:, inputs["input_ids"].shape[1] :].tolist()

@@ -2,10 +2,10 @@
 
 import statistics
 
-from ..cost import decoder, predict
-from .arms import Ours
-from .cases import Case
-from .work import Cost
+from nanoglimpse.benchmark.cases import Case
+from nanoglimpse.benchmark.contenders import Ours
+from nanoglimpse.benchmark.work import Cost
+from nanoglimpse.flops import decoder, predict
 
 BETWEEN = ("pixels", "preprocess", "vision", "all prefill", "first token", "a token", "end to end")
 

@@ -1,6 +1,6 @@
 """What each stage of an answer has to compute and to move, whatever computes it.
 
-Operations are those of nanoglimpse/cost.py. Bytes are weights read once a call, rows read and
+Operations are those of nanoglimpse/flops.py. Bytes are weights read once a call, rows read and
 written once a layer, and the cache; what a good kernel keeps on the chip is not counted.
 """
 
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .. import cost
-from ..cost import LayerRows, Rows
-from ..engine import Engine
-from ..rope import Grid, visual_tokens
+from nanoglimpse import flops as cost
+from nanoglimpse.engine import Engine
+from nanoglimpse.flops import LayerRows, RowCounts
+from nanoglimpse.model.rope import Grid, visual_tokens
 
 
 class Cost(NamedTuple):
@@ -38,7 +38,7 @@ class Work:
         batch: B.
     """
 
-    def __init__(self, engine: Engine, grids: Sequence[Grid], rows: Rows, batch: int):
+    def __init__(self, engine: Engine, grids: Sequence[Grid], rows: RowCounts, batch: int):
         self.engine, self.grids, self.rows, self.batch = engine, tuple(grids), rows, batch
         self.text, self.size = engine.config.text_config, engine.dtype.itemsize
         self.width = self.text.hidden_size
@@ -62,10 +62,13 @@ class Work:
 
     def score(self) -> Cost:
         """The glimpse row's logits and the predictor."""
-        own, predictor = self.engine.glimpse.config, self.engine.glimpse.predictor
+        own, predictor = (
+            self.engine.model.glimpse_weights.config,
+            self.engine.model.glimpse_weights.predictor,
+        )
         taps = len(own.selected_visual_layers) * self.engine.config.vision_config.hidden_size
         flops = cost.predict(predictor, self.grids)
-        flops += cost.glimpse_logits(self.engine, self.rows.total)
+        flops += cost.glimpse_logits(self.engine.model, self.rows.total)
         moved = self.rows.visual * (self.kv / 2 + taps) * self.size
         return Cost(self.batch * flops, _bytes(predictor) + self.batch * moved)
 

@@ -1,5 +1,5 @@
-"""Comparing methods: what is asked, what an answer is worth and costs, tables and a page of it.
+"""Comparisons of pruning methods: questions, scores and costs of answers, tables and a page.
 
-`python -m nanoglimpse.evaluate` asks, `… report` reads what stands in the files, `… judge` lets a
-language model grade them.
+`python -m nanoglimpse.evaluate` answers questions into a file of results, `… report` summarises
+such files, and `… judge` has a language model grade them.
 """

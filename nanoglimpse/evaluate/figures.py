@@ -1,5 +1,6 @@
-"""From results to figures: every measure of an arm in a group, with its bootstrap interval."""
+"""Figures from results: every measure, by variant and group, with its bootstrap interval."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,37 +8,60 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
-from .interval import bounds, resampled
-from .store import Results
+from nanoglimpse.errors import UsageError
+from nanoglimpse.evaluate.interval import bounds, resampled
+from nanoglimpse.evaluate.store import ResultsFile
 
 AVERAGE = "average"
-Share = tuple[float, float]
+SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+Weighted = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of results: sum over sum, which is a mean where every weight is 1.
+    """A measure: the sum of values over the sum of weights, a mean if every weight is 1.
 
     Attributes:
-        key: as it stands in CSV.
-        title: as it stands in tables.
+        key: the name in the CSV.
+        title: the name in tables.
         unit: "%" for shares, "" for scores and counts, "FLOP", "B" or "ms".
-        better: 1 if more is better, -1 if less, 0 if neither.
-        of: from a result to (value, weight); None where it does not apply.
+        of: maps a result to value and weight; to None if the measure does not apply.
     """
 
     key: str
     title: str
     unit: str
-    better: int
-    of: Callable[[dict], Share | None] = field(repr=False)
+    of: Callable[[dict], Weighted | None] = field(repr=False)
+
+    def text(self, figure: "Figure | None", interval: bool = False) -> str:
+        """A figure with its unit, optionally with its interval; "" if there is none."""
+        if figure is None or math.isnan(figure.value):
+            return ""
+        scale, unit, form = _format(figure.value, self.unit)
+        text = f"{figure.value / scale:{form}}{unit}"
+        if not interval:
+            return text
+        return f"{text} [{figure.low / scale:{form}}, {figure.high / scale:{form}}]"
 
 
-def _key(*path: str) -> Callable[[dict], Share | None]:
-    """The value under keys of a result; none where it is not there."""
+def _format(value: float, unit: str) -> tuple[float, str, str]:
+    """The scale of a value, the unit of the scaled value, and its format."""
+    if unit == "%":
+        return 0.01, "%", ".1f"
+    if unit in ("FLOP", "B"):
+        for scale, letter in SCALES:
+            if value >= scale:
+                return scale, f" {letter}{unit}", ".3g"
+        return 1.0, f" {unit}", ".3g"
+    if unit == "ms":
+        return 1.0, " ms", ".2f"
+    return 1.0, "", ".3f" if abs(value) <= 1 else ".1f"
 
-    def of(row: dict) -> Share | None:
+
+def _key(*path: str) -> Callable[[dict], Weighted | None]:
+    """Maps a result to the value at a path of keys, with weight 1; to None if it is absent."""
+
+    def of(row: dict) -> Weighted | None:
         value = row
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
@@ -46,55 +70,55 @@ def _key(*path: str) -> Callable[[dict], Share | None]:
     return of
 
 
-def _first_token(row: dict) -> Share:
+def _first_token(row: dict) -> Weighted:
     return sum(spent or 0.0 for stage, spent in row["ms"].items() if stage != "decode"), 1.0
 
 
 SCORES = (
-    Measure("contains", "contains", "", 1, _key("contains")),
-    Measure("exact", "exact", "", 1, _key("exact")),
-    Measure("anls", "ANLS", "", 1, _key("anls")),
-    Measure("f1", "F1", "", 1, _key("f1")),
-    Measure("judge", "judge", "", 1, _key("judge")),
+    Measure("contains", "contains", "", _key("contains")),
+    Measure("exact", "exact", "", _key("exact")),
+    Measure("anls", "ANLS", "", _key("anls")),
+    Measure("f1", "F1", "", _key("f1")),
+    Measure("judge", "judge", "", _key("judge")),
 )
 KEPT = (
     Measure(
-        "retention", "kept (mean)", "%", -1, lambda row: (row["kept"] / max(row["visual"], 1), 1.0)
+        "retention", "kept (mean)", "%", lambda row: (row["kept"] / max(row["visual"], 1), 1.0)
     ),
-    Measure("kept", "kept (total)", "%", -1, lambda row: (row["kept"], row["visual"])),
-    Measure("recall", "box recall", "%", 1, _key("recall")),
-    Measure("iou", "box IoU", "%", 1, _key("iou")),
-    Measure("input", "input", "%", -1, _key("input")),
-    Measure("prefill", "prefill", "%", -1, _key("prefill")),
-    Measure("decode_kv", "decode KV", "%", -1, _key("decode_kv")),
+    Measure("kept", "kept (total)", "%", lambda row: (row["kept"], row["visual"])),
+    Measure("recall", "box recall", "%", _key("recall")),
+    Measure("iou", "box IoU", "%", _key("iou")),
+    Measure("input", "input", "%", _key("input")),
+    Measure("prefill", "prefill", "%", _key("prefill")),
+    Measure("decode_kv", "decode KV", "%", _key("decode_kv")),
 )
 COSTS = (
-    Measure("flops_vision", "vision", "FLOP", -1, _key("flops", "vision")),
-    Measure("flops_prefill", "prefill", "FLOP", -1, _key("flops", "prefill")),
-    Measure("flops_decode", "decode", "FLOP", -1, _key("flops", "decode")),
-    Measure("paper_prefill", "prefill (paper)", "FLOP", -1, _key("flops", "paper prefill")),
-    Measure("paper_decode", "decode (paper)", "FLOP", -1, _key("flops", "paper decode")),
-    Measure("kv_rows", "KV rows", "", -1, _key("kv_rows")),
-    Measure("kv_bytes", "KV cache", "B", -1, _key("kv_bytes")),
-    Measure("tokens", "tokens", "", 0, _key("tokens")),
-    Measure("peak_bytes", "peak memory", "B", -1, _key("peak_bytes")),
+    Measure("flops_vision", "vision", "FLOP", _key("flops", "vision")),
+    Measure("flops_prefill", "prefill", "FLOP", _key("flops", "prefill")),
+    Measure("flops_decode", "decode", "FLOP", _key("flops", "decode")),
+    Measure("paper_prefill", "prefill (paper)", "FLOP", _key("flops", "paper prefill")),
+    Measure("paper_decode", "decode (paper)", "FLOP", _key("flops", "paper decode")),
+    Measure("kv_rows", "KV rows", "", _key("kv_rows")),
+    Measure("kv_bytes", "KV cache", "B", _key("kv_bytes")),
+    Measure("tokens", "tokens", "", _key("tokens")),
+    Measure("peak_bytes", "peak memory", "B", _key("peak_bytes")),
 )
 TIMES = (
-    Measure("ms_preprocess", "preprocess", "ms", -1, _key("ms", "preprocess")),
-    Measure("ms_vision", "vision", "ms", -1, _key("ms", "vision")),
-    Measure("ms_before", "layers before", "ms", -1, _key("ms", "before")),
-    Measure("ms_score", "score", "ms", -1, _key("ms", "score")),
-    Measure("ms_keep", "keep", "ms", -1, _key("ms", "keep")),
-    Measure("ms_after", "layers after", "ms", -1, _key("ms", "after")),
-    Measure("ms_first", "to first token", "ms", -1, _first_token),
-    Measure("ms_decode", "a token", "ms", -1, _key("ms", "decode")),
+    Measure("ms_preprocess", "preprocess", "ms", _key("ms", "preprocess")),
+    Measure("ms_vision", "vision", "ms", _key("ms", "vision")),
+    Measure("ms_before", "layers before", "ms", _key("ms", "before")),
+    Measure("ms_score", "score", "ms", _key("ms", "score")),
+    Measure("ms_keep", "keep", "ms", _key("ms", "keep")),
+    Measure("ms_after", "layers after", "ms", _key("ms", "after")),
+    Measure("ms_first", "to first token", "ms", _first_token),
+    Measure("ms_decode", "a token", "ms", _key("ms", "decode")),
 )
 MEASURES = {measure.key: measure for measure in (*SCORES, *KEPT, *COSTS, *TIMES)}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A measure's value and the ends of its interval; `count` questions stand behind it."""
+    """The value of a measure, the ends of its interval, and the number of questions it is from."""
 
     value: float
     low: float
@@ -103,14 +127,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Run:
-    """An arm's results and figures.
+class VariantResults:
+    """The results of a variant and their figures.
 
     Attributes:
-        label: method and cap, before it the file's name where there are several.
-        method, ratio, brief, stop: as in the results; stop is where it looked first.
-        rows: the results, a verdict among them where there is one.
-        figures: by group, AVERAGE among them, and measure.
+        label: method and cap, preceded by the name of the file if there are several.
+        method, ratio, brief, stop: as in the results; `stop` is the layer of the first pruning.
+        rows: the results, each with the score of its verdict if there is one.
+        figures: by group (including AVERAGE) and measure.
     """
 
     label: str
@@ -123,51 +147,58 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Label and form of the prompts."""
+        """The label with the form of the prompts."""
         return f"{self.label}{' brief' if self.brief else ''}"
 
     @property
     def groups(self) -> list[str]:
-        """Those that it has results in, AVERAGE left out."""
+        """The groups of the results, without AVERAGE."""
         return [group for group in self.figures if group != AVERAGE]
 
     def get(self, key: str, group: str = AVERAGE) -> Figure | None:
-        """The figure of a measure; None where there is none."""
+        """The figure of a measure; None if it does not apply."""
         return self.figures.get(group, {}).get(key)
 
+    def text(self, key: str, group: str = AVERAGE, *, interval: bool = False) -> str:
+        """The figure of a measure for a table; "" if it does not apply."""
+        return MEASURES[key].text(self.get(key, group), interval)
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Results]]:
-    """All arms in files of results, in order, and the files.
+
+Variants = Sequence[VariantResults]
+
+
+def read_variants(paths: Sequence[Path]) -> tuple[list[VariantResults], list[ResultsFile]]:
+    """The variants in files of results, in order, and the files.
 
     Raises:
-        UsageError, NanoglimpseError: as `Results.read`; also where no result is in any.
+        UsageError, NanoglimpseError: as in `ResultsFile.read`; also if no file has a result.
     """
-    files = [Results.read(path) for path in paths]
-    runs = [
-        run
+    files = [ResultsFile.read(path) for path in paths]
+    variants = [
+        variant
         for path, file in zip(paths, files, strict=True)
-        for run in runs_of(file, f"{path.stem}: " if len(paths) > 1 else "")
+        for variant in variant_results(file, f"{path.stem}: " if len(paths) > 1 else "")
     ]
-    if not runs:
-        raise UsageError(f"{', '.join(map(str, paths))}: there are no results yet")
-    return runs, files
+    if not variants:
+        raise UsageError(f"{', '.join(map(str, paths))}: no results yet")
+    return variants, files
 
 
-def runs_of(results: Results, prefix: str = "") -> list[Run]:
-    """The arms of a file."""
-    arms: dict[str, list[dict]] = {}
-    for row in results.rows:
-        verdict = results.verdicts.get((row["arm"], row["question"]))
-        arms.setdefault(row["arm"], []).append(
+def variant_results(file: ResultsFile, prefix: str = "") -> list[VariantResults]:
+    """The variants of a file; `prefix` precedes their labels."""
+    variants: dict[str, list[dict]] = {}
+    for row in file.rows:
+        verdict = file.verdicts.get((row["arm"], row["question"]))
+        variants.setdefault(row["arm"], []).append(
             row | ({"judge": verdict["score"]} if verdict else {})
         )
-    return [_run(rows, prefix) for rows in arms.values()]
+    return [_summary(rows, prefix) for rows in variants.values()]
 
 
-def _run(rows: list[dict], prefix: str) -> Run:
+def _summary(rows: list[dict], prefix: str) -> VariantResults:
     first = rows[0]
     label = first["arm"].removesuffix(" brief") if first["brief"] else first["arm"]
-    return Run(
+    return VariantResults(
         label=prefix + label,
         method=first["method"],
         ratio=first["ratio"],
@@ -179,16 +210,16 @@ def _run(rows: list[dict], prefix: str) -> Run:
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
-    """Figures by group; the average is the mean over groups, as in the paper.
+    """Figures by group, and their mean over groups as in the paper.
 
-    Its interval resamples inside each group.
+    The interval of the mean resamples the questions of each group separately.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     values, draws, counts, figures = [], [], [], {}
-    for group, own in groups.items():
-        sums, weights = _columns(own)
+    for group, members in groups.items():
+        sums, weights = _columns(members)
         values.append(sums.sum(0) / weights.sum(0))
         draws.append(resampled(sums, weights))
         counts.append((weights > 0).sum(0))
@@ -199,7 +230,7 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
 
 
 def _columns(rows: Sequence[dict]) -> tuple[Tensor, Tensor]:
-    """Values and weights fp64 [n, measures], 0 and 0 where a measure does not apply."""
+    """Values and weights fp64 [n, measures]; both are 0 where a measure does not apply."""
     pairs = [[m.of(row) or (0.0, 0.0) for m in MEASURES.values()] for row in rows]
     return torch.tensor(pairs, dtype=torch.float64).unbind(-1)
 
@@ -212,7 +243,7 @@ def _figures(values: Tensor, draws: Tensor, counts: Tensor) -> dict[str, Figure]
     }
 
 
-def best_score(runs: Sequence[Run]) -> str:
-    """What tables show as the score: the judge's where all have been judged, else `contains`."""
-    judged = all("judge" in row for run in runs for row in run.rows)
+def best_score(variants: Variants) -> str:
+    """The default score of tables: the judge's if every result has a verdict, else `contains`."""
+    judged = all("judge" in row for variant in variants for row in variant.rows)
     return "judge" if judged else "contains"

@@ -9,17 +9,17 @@ DRAWS, LEVEL, CHUNK = 1000, 0.95, 100
 def resampled(sums: Tensor, weights: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
     """Ratios of column sums over resampled rows.
 
-    Every draw takes as many rows as there are, with replacement, the same for all columns and, at
-    one seed and number of rows, for all calls: what is compared is resampled alike.
+    Every draw takes n rows with replacement. All columns share the rows of a draw, and so do all
+    calls with the same seed and n, so that variants are compared on the same resamples.
 
     Args:
-        sums, weights: fp64 [n, columns]; a column's figure is the sum of one over that of the
-            other, a mean where all weights are 1; a weight of 0 leaves a row out.
-        draws: how many.
-        seed: of the draws.
+        sums, weights: fp64 [n, columns]; the figure of a column is the sum of `sums` over the sum
+            of `weights`: a mean if all weights are 1. A row of weight 0 does not count.
+        draws: the number of draws.
+        seed: the seed of the draws.
 
     Returns:
-        fp64 [draws, columns]; NaN where a draw has no weight.
+        fp64 [draws, columns]; NaN where the weights of a draw sum to 0.
     """
     generator, n, parts = torch.Generator().manual_seed(seed), len(sums), []
     for first in range(0, draws, CHUNK):
@@ -32,6 +32,6 @@ def resampled(sums: Tensor, weights: Tensor, draws: int = DRAWS, seed: int = 0) 
 
 
 def bounds(figures: Tensor, level: float = LEVEL) -> Tensor:
-    """[2, columns], lower and upper end of the middle `level` of resampled figures [draws, …]."""
+    """Ends [2, columns] of the interval with a share `level` of the figures [draws, columns]."""
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=figures.dtype)
     return figures.nanquantile(tails, dim=0)

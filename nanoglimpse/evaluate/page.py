@@ -1,7 +1,7 @@
-"""Figures as one HTML page that needs nothing beside itself: charts, table, gallery.
+"""Figures as a self-contained HTML page with charts, a table and a gallery.
 
-Everything to be read stands in the markup; the script in page.html only sorts, chooses what is
-shown and answers the pointer.
+The markup holds all of the content; the script in page.html only sorts, selects and reacts to the
+pointer.
 """
 
 import math
@@ -9,9 +9,19 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .figures import AVERAGE, COSTS, KEPT, MEASURES, SCORES, TIMES, Figure, Measure, Run
-from .store import Results
-from .tables import show
+from nanoglimpse.evaluate.figures import (
+    AVERAGE,
+    COSTS,
+    KEPT,
+    MEASURES,
+    SCORES,
+    TIMES,
+    Figure,
+    Measure,
+    VariantResults,
+    Variants,
+)
+from nanoglimpse.evaluate.store import ResultsFile
 
 TEMPLATE = Path(__file__).with_name("page.html")
 FAMILIES = {"score": SCORES, "kept": KEPT, "cost of a question": COSTS, "time": TIMES}
@@ -23,44 +33,46 @@ WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM, TOP = 700, 460, 44, 20, 40, 26
 TICKS = (0, 0.02, 0.05, 0.111, 0.222, 0.333, 0.5, 0.75, 1)
 
 
-def page(runs: Sequence[Run], files: Sequence[Results], score: str, notes: Sequence[str]) -> str:
-    """The page.
+def page(variants: Variants, files: Sequence[ResultsFile], score: str, notes: Sequence[str]) -> str:
+    """Renders the page.
 
     Args:
-        runs: what is shown.
-        files: of which they come; the gallery's pictures are there.
-        score: key of the measure that charts show.
-        notes: lines above all.
+        variants: the variants to show.
+        files: their files, which hold the pictures of the gallery.
+        score: the key of the score in charts and gallery.
+        notes: lines at the top of the page.
     """
     measures = {
-        family: [m for m in members if any(run.get(m.key) for run in runs)]
+        family: [m for m in members if any(variant.get(m.key) for variant in variants)]
         for family, members in FAMILIES.items()
     }
-    groups = [AVERAGE, *dict.fromkeys(group for run in runs for group in run.groups)]
+    groups = [AVERAGE, *dict.fromkeys(group for variant in variants for group in variant.groups)]
     parts = {
         "notes": "\n".join(f'<p class="faint">{escape(note)}</p>' for note in notes),
         "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
-        "caps": _caps(runs, every=True),
-        "head": _head({family: own for family, own in measures.items() if own}),
-        "bodies": "\n".join(_body(runs, group, measures) for group in groups),
+        "caps": _caps(variants, every=True),
+        "head": _head({family: members for family, members in measures.items() if members}),
+        "bodies": "\n".join(_body(variants, group, measures) for group in groups),
         "score": escape(MEASURES[score].title),
-        "charts": _charts(runs, score, groups),
-        "gallery": _gallery(runs, files, score),
+        "charts": _charts(variants, score, groups),
+        "gallery": _gallery(variants, files, score),
     }
     text = TEMPLATE.read_text(encoding="utf-8")
     head, *rest = text.split("{{")
-    # Piece by piece: an answer may hold the mark of a part that is still to come.
+    # Not with str.replace, since an answer may contain the marker of another part.
     pieces = [piece.partition("}}") for piece in rest]
-    return head + "".join(parts[name] + behind for name, _, behind in pieces)
+    return head + "".join(parts[name] + text for name, _, text in pieces)
 
 
 def _head(measures: dict[str, list[Measure]]) -> str:
     families = "".join(
-        f'<th class="first" colspan="{len(own)}">{escape(family)}</th>'
-        for family, own in measures.items()
+        f'<th class="first" colspan="{len(members)}">{escape(family)}</th>'
+        for family, members in measures.items()
     )
     titles = "".join(
-        f"<th{_first(m, own)}>{escape(m.title)}</th>" for own in measures.values() for m in own
+        f"<th{_first(m, members)}>{escape(m.title)}</th>"
+        for members in measures.values()
+        for m in members
     )
     return (
         f'<tr class="head"><th></th><th colspan="2"></th>{families}</tr>\n'
@@ -72,35 +84,35 @@ def _first(measure: Measure, family: list[Measure]) -> str:
     return ' class="first"' if measure is family[0] else ""
 
 
-def _body(runs: Sequence[Run], group: str, measures: dict[str, list[Measure]]) -> str:
+def _body(variants: Variants, group: str, measures: dict[str, list[Measure]]) -> str:
     lines = []
-    for run in runs:
-        if group not in run.figures:
+    for variant in variants:
+        if group not in variant.figures:
             continue
-        count = sum(row["group"] == group for row in run.rows) or len(run.rows)
+        count = sum(row["group"] == group for row in variant.rows) or len(variant.rows)
         cells = [
-            _cell(run.get(m.key, group), m, _first(m, own))
-            for own in measures.values()
-            for m in own
+            _cell(variant.get(m.key, group), m, _first(m, members))
+            for members in measures.values()
+            for m in members
         ]
-        form = "brief" if run.brief else "free"
+        form = "brief" if variant.brief else "free"
         lines.append(
-            f"<tr{_marks(run)}><td>{escape(run.label)}</td><td>{form}</td>"
+            f"<tr{_marks(variant)}><td>{escape(variant.label)}</td><td>{form}</td>"
             f'<td data-v="{count}">{count}</td>{"".join(cells)}</tr>'
         )
     hidden = "" if group == AVERAGE else " hidden"
     return f'<tbody data-group="{escape(group)}"{hidden}>' + "\n".join(lines) + "</tbody>"
 
 
-def _marks(run: Run) -> str:
-    """What the selectors go by; a run without a cap stands beside every one."""
-    cap = "" if run.ratio is None else f' data-cap="{run.ratio:g}"'
-    return f'{cap} data-form="{"brief" if run.brief else "free"}"'
+def _marks(variant: VariantResults) -> str:
+    """Attributes for the selectors; a variant without a cap has no cap to select it by."""
+    cap = "" if variant.ratio is None else f' data-cap="{variant.ratio:g}"'
+    return f'{cap} data-form="{"brief" if variant.brief else "free"}"'
 
 
-def _caps(runs: Sequence[Run], every: bool) -> str:
-    """Options of a selector of caps, the lowest first."""
-    caps = sorted({run.ratio for run in runs if run.ratio is not None})
+def _caps(variants: Variants, every: bool) -> str:
+    """The options of a selector of caps, in ascending order."""
+    caps = sorted({variant.ratio for variant in variants if variant.ratio is not None})
     options = ['<option value="">every cap</option>'] if every or not caps else []
     options += [f'<option value="{cap:g}">{cap:.1%}</option>' for cap in caps]
     return "".join(options)
@@ -109,23 +121,23 @@ def _caps(runs: Sequence[Run], every: bool) -> str:
 def _cell(figure: Figure | None, measure: Measure, first: str) -> str:
     if figure is None or math.isnan(figure.value):
         return f'<td{first} data-v="NaN"></td>'
-    title = escape(show(figure, measure, interval=True))
+    title = escape(measure.text(figure, interval=True))
     value = f'data-v="{figure.value:.6g}" title="{title}"'
-    return f"<td{first} {value}>{show(figure, measure)}</td>"
+    return f"<td{first} {value}>{measure.text(figure)}</td>"
 
 
-def _charts(runs: Sequence[Run], score: str, groups: Sequence[str]) -> str:
-    """A chart for every form of the prompts and group, and what its marks mean."""
-    methods = list(dict.fromkeys(_series(run) for run in runs))
+def _charts(variants: Variants, score: str, groups: Sequence[str]) -> str:
+    """The legend, and a chart for every group and form of the prompts."""
+    methods = list(dict.fromkeys(_series(variant) for variant in variants))
     # One group is its own average.
     shown = groups[:1] if len(groups) == 2 else groups
     charts = []
     for group in shown:
         for brief in (False, True):
-            own = [run for run in runs if run.brief == brief and run.get(score, group)]
-            if own:
+            members = [v for v in variants if v.brief == brief and v.get(score, group)]
+            if members:
                 title = f"{group}, {'brief' if brief else 'free-form'} prompts"
-                charts.append(chart(own, score, group, title, methods))
+                charts.append(chart(members, score, group, title, methods))
     items = [
         f'<li data-series="{i}"><svg viewBox="-6 -6 12 12">{_mark(i, 0, 0)}</svg>{escape(m)}</li>'
         for i, m in enumerate(methods)
@@ -134,42 +146,43 @@ def _charts(runs: Sequence[Run], score: str, groups: Sequence[str]) -> str:
 
 
 def _mark(number: int, x: float, y: float, title: str = "") -> str:
-    """The point of a series: a dot, or another shape where the colours have been used up."""
-    colour, round_ = COLOURS[number % len(COLOURS)], number // len(COLOURS)
-    says = f"<title>{escape(title)}</title>" if title else ""
-    if not round_:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{says}</circle>'
-    turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' * (round_ % 2)
+    """The mark of a series: a dot, or another shape when the colours repeat."""
+    shape, colour = divmod(number, len(COLOURS))
+    colour = COLOURS[colour]
+    label = f"<title>{escape(title)}</title>" if title else ""
+    if not shape:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{label}</circle>'
+    turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' * (shape % 2)
     return (
         f'<rect x="{x - 3.2:.1f}" y="{y - 3.2:.1f}" width="6.4" height="6.4" fill="#fff" '
-        f'stroke="{colour}" stroke-width="2"{turn}>{says}</rect>'
+        f'stroke="{colour}" stroke-width="2"{turn}>{label}</rect>'
     )
 
 
-def _series(run: Run) -> str:
-    """What points of a chart have in common: all but the cap."""
-    if run.ratio is None:
-        return run.label
-    return " ".join(word for word in run.label.split() if word != f"{run.ratio:g}")
+def _series(variant: VariantResults) -> str:
+    """The label without the cap, which the points of a line have in common."""
+    if variant.ratio is None:
+        return variant.label
+    return " ".join(word for word in variant.label.split() if word != f"{variant.ratio:g}")
 
 
-def chart(runs: Sequence[Run], score: str, group: str, title: str, methods: Sequence[str]) -> str:
-    """Score against retention as SVG; retention on a root scale, so that small shares part."""
-    figures = [run.get(score, group) for run in runs]
-    # The scale begins below the lowest score; intervals may leave the chart.
+def chart(variants: Variants, score: str, group: str, title: str, methods: Sequence[str]) -> str:
+    """Score against retention as SVG, with a root scale that spreads small retentions."""
+    figures = [variant.get(score, group) for variant in variants]
+    # The axis starts below the lowest score, but not below all intervals.
     base = math.floor(10 * max(min(figure.value for figure in figures) - 0.02, 0.0)) / 10
     parts = [f'<text x="{LEFT}" y="14" font-weight="600">{escape(title)}</text>', _axes(base)]
     lines: dict[str, list[tuple[float, float, str]]] = {}
-    for run, figure in zip(runs, figures, strict=True):
-        kept, number = run.get("decode_kv", group), methods.index(_series(run))
+    for variant, figure in zip(variants, figures, strict=True):
+        kept, number = variant.get("decode_kv", group), methods.index(_series(variant))
         x, y = _x(kept.value), _y(figure.value, base)
-        says = f"{run.label}: {figure.value:.3f} at {kept.value:.1%}"
+        label = f"{variant.label}: {figure.value:.3f} at {kept.value:.1%}"
         ends = [_y(max(value, base), base) for value in (figure.low, figure.high)]
         bar = (
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" '
             f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-opacity="0.3"/>'
         )
-        lines.setdefault(_series(run), []).append((x, y, bar + _mark(number, x, y, says)))
+        lines.setdefault(_series(variant), []).append((x, y, bar + _mark(number, x, y, label)))
     for method, points in lines.items():
         points.sort()
         number = methods.index(method)
@@ -209,23 +222,23 @@ def _axes(base: float) -> str:
     return "\n".join(parts)
 
 
-def _gallery(runs: Sequence[Run], files: Sequence[Results], score: str) -> str:
-    """Questions of which a run kept what methods saw: a card an arm."""
+def _gallery(variants: Variants, files: Sequence[ResultsFile], score: str) -> str:
+    """The questions whose results have a gallery entry, with a card per variant."""
     pictures = {name: uri for file in files for name, uri in file.pictures.items()}
-    shown: dict[tuple[str, str], list[tuple[Run, dict]]] = {}
-    for run in runs:
-        for row in run.rows:
+    shown: dict[tuple[str, str], list[tuple[VariantResults, dict]]] = {}
+    for variant in variants:
+        for row in variant.rows:
             if "cells" in row and row["question"] in pictures:
-                shown.setdefault((row["question"], row["asked"]), []).append((run, row))
+                shown.setdefault((row["question"], row["asked"]), []).append((variant, row))
     if not shown:
         return ""
     numbers = {name: f"picture{i}" for i, name in enumerate(pictures)}
     parts = [
         "<h2>What each method kept</h2>",
-        '<p class="faint">Dropped cells are dimmed; dashed boxes are the evidence. Hovering shows '
-        "a cell's importance where a method states one.</p>",
+        '<p class="faint">Dropped cells are dimmed; dashed boxes are the evidence. Hover over a '
+        "cell to see its importance, if the method computes it.</p>",
         f'<p><label>Cap <select data-shows=".cards figure" data-by="cap">'
-        f"{_caps(runs, every=False)}</select></label>"
+        f"{_caps(variants, every=False)}</select></label>"
         '<label><input type="checkbox" id="importance"> importance instead of kept cells</label>'
         "</p>",
         '<svg width="0" height="0" style="position:absolute"><defs>',
@@ -243,12 +256,12 @@ def _gallery(runs: Sequence[Run], files: Sequence[Results], score: str) -> str:
             f'<p>Right: <b>{escape(wanted)}</b> <span class="faint">({escape(name)})</span></p>'
             f'<div class="cards">'
         )
-        parts += [_card(run, row, numbers[name], score) for run, row in members]
+        parts += [_card(variant, row, numbers[name], score) for variant, row in members]
         parts.append("</div></section>")
     return "\n".join(parts)
 
 
-def _card(run: Run, row: dict, picture: str, score: str) -> str:
+def _card(variant: VariantResults, row: dict, picture: str, score: str) -> str:
     (height, width), importance = row["grid"], row["importance"]
     known = f' data-importance="{importance}"' if importance else ""
     boxes = "".join(
@@ -260,11 +273,11 @@ def _card(run: Run, row: dict, picture: str, score: str) -> str:
     kind, sign = ("right", "✓") if value >= 0.5 else ("wrong", "✗")
     share = row["kept"] / max(row["visual"], 1)
     return (
-        f"<figure{_marks(run)}>"
+        f"<figure{_marks(variant)}>"
         f'<svg viewBox="0 0 {width} {height}" data-cells="{row["cells"]}"{known}>'
         f'<use href="#{picture}" width="{width}" height="{height}"/>'
         f'<path class="dropped" d="{dropped(row["cells"], width, height)}"/>{boxes}</svg>'
-        f"<figcaption><b>{escape(run.label)}</b> "
+        f"<figcaption><b>{escape(variant.label)}</b> "
         f'<span class="faint">{row["kept"]} of {row["visual"]} ({share:.1%})</span><br>'
         f'<span class="{kind}">{sign} {escape(row["reply"])}</span></figcaption></figure>'
     )

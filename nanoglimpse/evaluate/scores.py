@@ -1,4 +1,4 @@
-"""What an answer is worth: four scores of its text, two of the cells that were kept for it."""
+"""Scores of an answer: four of its text and two of the visual tokens that were kept for it."""
 
 import re
 import string
@@ -6,12 +6,12 @@ from collections import Counter
 
 from torch import Tensor
 
-# Below this similarity ANLS counts an answer as wrong (Biten et al., arXiv 1905.13648).
+# ANLS counts an answer below this similarity as wrong (Biten et al., arXiv 1905.13648).
 ANLS_FLOOR = 0.5
 
 
 def contains(reply: str, short: str) -> bool:
-    """Whether a reply states the short answer: as whole words, in any case.
+    """Whether a reply contains the short answer as whole words, in upper or lower case.
 
     "It is 17." and "It is 7.50." do not contain 7.
     """
@@ -20,19 +20,19 @@ def contains(reply: str, short: str) -> bool:
 
 
 def exact(reply: str, wanted: str) -> bool:
-    """Whether a reply is the answer, but for case and the space around it."""
+    """Whether a reply equals the answer, ignoring case and surrounding space."""
     return reply.strip().lower() == wanted.strip().lower()
 
 
 def anls(reply: str, wanted: str) -> float:
-    """Levenshtein similarity in 0…1 without regard to case, 0 below a half."""
+    """Levenshtein similarity in [0, 1] ignoring case; 0 if it is below ANLS_FLOOR."""
     a, b = reply.strip().lower(), wanted.strip().lower()
     similarity = 1 - edits(a, b) / max(len(a), len(b), 1)
     return similarity if similarity >= ANLS_FLOOR else 0.0
 
 
 def edits(a: str, b: str) -> int:
-    """Insertions, deletions and replacements that turn one text into the other."""
+    """The Levenshtein distance of two texts."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, 1):
         above, row = row, [i]
@@ -42,24 +42,24 @@ def edits(a: str, b: str) -> int:
 
 
 def token_f1(reply: str, wanted: str) -> float:
-    """Harmonic mean of precision and recall over words, as SQuAD counts (arXiv 1606.05250)."""
-    said, should = words(reply), words(wanted)
-    if not said or not should:
-        return float(said == should)
-    shared = sum((Counter(said) & Counter(should)).values())
-    return 2 * shared / (len(said) + len(should))
+    """Harmonic mean of precision and recall of words, as in SQuAD (arXiv 1606.05250)."""
+    found, expected = words(reply), words(wanted)
+    if not found or not expected:
+        return float(found == expected)
+    shared = sum((Counter(found) & Counter(expected)).values())
+    return 2 * shared / (len(found) + len(expected))
 
 
 def words(text: str) -> list[str]:
-    """Words in lower case without punctuation and articles."""
+    """The words of a text in lower case, without punctuation and articles."""
     bare = text.lower().translate(str.maketrans("", "", string.punctuation))
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
 def overlap(kept: Tensor, evidence: Tensor) -> tuple[float, float] | tuple[None, None]:
-    """Recall and IoU of the kept cells, bool [N], with those under the evidence's boxes.
+    """Recall and IoU of the kept visual tokens, bool [N], against the evidence, bool [N].
 
-    None where an answer has no evidence in the picture.
+    Both are None if there is no evidence in the picture.
     """
     if not bool(evidence.any()):
         return None, None

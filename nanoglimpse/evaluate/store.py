@@ -1,33 +1,32 @@
-"""Results in a file, a JSON object a line, in the order they came.
+"""A file of results: JSON lines, appended as they come.
 
-The first line holds the options that all results have in common; then come results, pictures of
-the gallery, a judge's verdicts and names of missing pictures. Whoever is killed leaves at most half
-a line behind, which the next start takes away.
+The first line holds the options that all results have in common. Results, pictures of the gallery,
+verdicts of a judge and the names of missing pictures follow. A killed run leaves at most half a
+line at the end, which the next run removes.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import NanoglimpseError, UsageError
-from ..files import write_whole
+from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.jsonl import Journal
 
 RESULT = {"question", "arm", "method", "ratio", "brief", "group", "asked", "wanted", "reply"}
 RESULT |= {"contains", "visual", "kept", "recall", "flops", "ms"}
-HEAD = b'{"options":'
+HEADER = '{"options":'
 
 
-class Results:
-    """What stands in a file of results, or in memory without one.
+class ResultsFile:
+    """Results in a file, or in memory only if there is no path.
 
     Attributes:
-        path: of the file.
-        options: that all results have in common.
-        rows: the results; see `answers.answer`.
+        path: the file.
+        options: the options that all results have in common.
+        rows: the results; see `run.answer_batch`.
         pictures: data URIs by question.
-        verdicts: a judge's, by (arm, question).
-        missing: the picture of every question that was left out because it was not there.
+        verdicts: the verdicts of a judge by variant and question.
+        missing: the missing pictures, one per question that was left out because of it.
     """
 
     def __init__(self, path: Path | None = None, options: dict | None = None):
@@ -38,65 +37,57 @@ class Results:
         self.missing: list[str] = []
 
     @classmethod
-    def read(cls, path: Path) -> "Results":
-        """What a file holds.
+    def read(cls, path: Path) -> "ResultsFile":
+        """Reads a file; an unfinished last line is ignored.
 
         Raises:
             UsageError: there is no such file.
-            NanoglimpseError: it holds something else.
+            NanoglimpseError: it is not a file of results.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read: {error}") from None
-        head, *lines = text.split("\n")[:-1] or [""]
-        options = _record(head, path, 1).get("options")
+        if not path.exists():
+            raise UsageError(f"there is no file {path}")
+        (_, header), *records = Journal(path).read() or [(1, None)]
+        options = header.get("options") if isinstance(header, dict) else None
         if not isinstance(options, dict):
-            raise NanoglimpseError(f"{path} holds something else than results; give another file")
+            raise NanoglimpseError(f"{path} is not a file of results; give another file")
         results = cls(path, options)
-        for number, line in enumerate(lines, 2):
-            results._take(_record(line, path, number), number)
+        for number, record in records:
+            results._take(record if isinstance(record, dict) else {}, number)
         return results
 
     @classmethod
-    def resume(cls, path: Path | None, options: dict) -> "Results":
-        """A file to go on with, or a new one.
+    def resume(cls, path: Path | None, options: dict) -> "ResultsFile":
+        """Opens a file to append results to; creates it if it does not exist.
 
         Raises:
-            UsageError: it holds results of other options.
-            NanoglimpseError: it holds something else, or cannot be written.
+            UsageError: its results were made with other options.
+            NanoglimpseError: it is not a file of results, or cannot be written.
         """
         if path is None:
             return cls(None, options)
-        if not path.exists() or not _mend(path):
-            results = cls(path, options)
-            write_whole(path, (json.dumps({"options": options}) + "\n").encode())
-            return results
+        journal = Journal(path)
+        if journal.is_new(HEADER):
+            journal.write([{"options": options}])
+            return cls(path, options)
         results = cls.read(path)
         if results.options != json.loads(json.dumps(options)):
             raise UsageError(f"{path} {_difference(results.options, options)}; give another --out")
+        journal.mend()
         return results
 
     @property
     def done(self) -> set[tuple[str, str]]:
-        """Arm and question of every result."""
+        """Variant and question of every result."""
         return {(row["arm"], row["question"]) for row in self.rows}
 
     def add(self, records: Sequence[dict]) -> None:
-        """Keeps records, in the file too, before it returns.
+        """Appends records to the file and waits until they are on the disk.
 
         Raises:
             NanoglimpseError: the file cannot be written.
         """
         if self.path:
-            text = "".join(json.dumps(record) + "\n" for record in records)
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                raise NanoglimpseError(f"{self.path} cannot be written: {error}") from None
+            Journal(self.path).append(records)
         for record in records:
             self._take(record, 0)
 
@@ -110,36 +101,13 @@ class Results:
         elif record.keys() >= RESULT:
             self.rows.append(record)
         else:
-            raise NanoglimpseError(f"{self.path}, line {number}, is no result")
+            raise NanoglimpseError(f"{self.path}, line {number}, is not a result")
 
 
-def _record(line: str, path: Path, number: int) -> dict:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise NanoglimpseError(
-            f"{path} holds something else than results in line {number}; give another file"
-        )
-    return record
-
-
-def _mend(path: Path) -> bool:
-    """Takes half a line away from the end of a file of results; whether a line is left."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise NanoglimpseError(f"{path} cannot be read: {error}") from None
-    whole = data[: data.rfind(b"\n") + 1]
-    if not (data.startswith(HEAD) or HEAD.startswith(data)):
-        raise NanoglimpseError(f"{path} holds something else than results; give another file")
-    if whole and whole != data:
-        write_whole(path, whole)
-    return bool(whole)
-
-
-def _difference(stood: dict, given: dict) -> str:
-    changed = [key for key in {**stood, **given} if stood.get(key) != given.get(key)]
-    said = [f"{key} {stood.get(key)} instead of {given.get(key)}" for key in changed]
-    return f"holds results of other options: {', '.join(said)}"
+def _difference(written: dict, given: dict) -> str:
+    changes = [
+        f"{key} {written.get(key)} instead of {given.get(key)}"
+        for key in {**written, **given}
+        if written.get(key) != given.get(key)
+    ]
+    return f"holds results of other options: {', '.join(changes)}"

@@ -8,42 +8,37 @@ image, the kernel's rows are computed when they are needed, and the greedy MAP o
 (incremental Cholesky) is kept above zero by 1e-12.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import unit
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import unit
+from nanoglimpse.model.model import Model
 
 
-class CDPruner(Method):
+class CDPruner(PruningMethod):
     """Relevant to the question and unlike each other, before the decoder."""
 
     name = "cdpruner"
     about = "CDPruner, arXiv 2506.10967: before the decoder, tokens near the question and diverse"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
+    def needs(self, model: Model) -> Needs:
+        """The question's embeddings, before the decoder."""
+        return Needs(hidden=True, question=True)
 
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Greedy, image by image."""
         texts = {
-            own.start: unit(look.hidden[look.question(number)])
-            for number, own in enumerate(look.prompts())
+            own.start: unit(context.hidden[context.question(number)])
+            for number, own in enumerate(context.prompts())
         }
 
         def pick(own: slice, count: int) -> Tensor:
             text = texts[max(start for start in texts if start <= own.start)]
-            x = unit(look.visual[own])
+            x = unit(context.visual[own])
             return conditional(x, (x @ text.T).mean(1), count)
 
-        return Choice(look.per_image(pick))
+        return Decision(context.per_image(pick))
 
 
 def conditional(x: Tensor, relevance: Tensor, count: int) -> Tensor:

@@ -7,32 +7,22 @@ have distance 0 to a chosen token as the chosen tokens themselves, are told apar
 quota is per image, and no matrix of all pairs is made.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import nearest, unit
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import nearest, unit
 
 
-class DivPrune(Method):
+class DivPrune(PruningMethod):
     """Max-min diversity of the visual tokens, before the decoder."""
 
     name = "divprune"
     about = "DivPrune, arXiv 2503.02175: before the decoder, tokens as different as possible"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Farthest first, image by image."""
-        return Choice(look.per_image(lambda own, count: diverse(look.visual[own], count)))
+        return Decision(context.per_image(lambda own, count: diverse(context.visual[own], count)))
 
 
 def diverse(x: Tensor, count: int) -> Tensor:

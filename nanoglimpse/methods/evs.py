@@ -7,54 +7,46 @@ Positions stay. There images are left alone; here neighbouring pictures of one s
 the frames of a clip, so that a picture alone is kept whole.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import best, unit
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, unit
 
 FIRST = 255.0  # above every distance
 
 
-class EVS(Method):
+class EVS(PruningMethod):
     """What differs from the frames before, before the decoder."""
 
     name = "evs"
     about = "EVS, of vLLM: before the decoder, what has changed since the frames before"
     for_videos = True
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Clip by clip."""
-        kept, rule = ~look.batch.prunable, look.rule
-        for own, frames in clips(look):
+        kept, rule = ~context.prunable, context.rule
+        for own, frames in clips(context):
             count = own.stop - own.start
             least = max(count // frames, min(rule.min_tokens or 0, count))
-            allowed = max(int(rule.max_ratio * count), least)
-            kept[own.start + best(changes(look.visual[own], frames), allowed)] = True
-        return Choice(kept)
+            allowed = max(int(context.max_ratio * count), least)
+            kept[own.start + best(changes(context.visual[own], frames), allowed)] = True
+        return Decision(kept)
 
 
-def clips(look: Look) -> Iterator[tuple[slice, int]]:
+def clips(context: PruningContext) -> Iterator[tuple[slice, int]]:
     """The visual tokens of each clip, and of how many images or pairs of frames it is."""
 
     def clip(numbered: tuple[int, tuple[slice, tuple[int, int]]]) -> tuple:
         number, (own, size) = numbered
         # Neighbours of one size and pool have the same distance from where the first would stand.
         start = own.start - number * (own.stop - own.start)
-        return int(look.batch.pools[own.start]), size, start
+        return int(context.pools[own.start]), size, start
 
-    for _, group in groupby(enumerate(look.images()), clip):
+    for _, group in groupby(enumerate(context.images()), clip):
         own = [own for _, (own, _) in group]
         yield slice(own[0].start, own[-1].stop), len(own)
 

@@ -1,50 +1,40 @@
-"""GlimpsePrune (arXiv 2508.01548); how it works stands in nanoglimpse/glimpse.py."""
+"""GlimpsePrune (arXiv 2508.01548); its networks are in nanoglimpse/model/glimpse.py."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.model.model import Model
 
 
-class GlimpsePrune(Method):
+class GlimpsePrune(PruningMethod):
     """After K layers a predictor reads the glimpse row's attention and decides."""
 
     name = "glimpse"
     about = "GlimpsePrune, arXiv 2508.01548: after K layers keeps what the question needs"
-    capped = False
+    budget = "adaptive"
     pooled = True
-    needs_hidden = False
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
+    def layers(self, model: Model) -> Sequence[int]:
         """K."""
-        return (engine.glimpse.config.layers,)
+        return (model.glimpse_weights.config.layers,)
 
-    def reads(self, engine: "Engine") -> Sequence[int]:
-        """The layers that its weights were trained on."""
-        return engine.glimpse.config.selected_layers
+    def needs(self, model: Model) -> Needs:
+        """Attention of the layers that the weights were trained on, and the predictor's taps."""
+        config = model.glimpse_weights.config
+        return Needs(attention=config.selected_layers, taps=config.selected_visual_layers)
 
-    def taps(self, engine: "Engine") -> Sequence[int]:
-        """The predictor's conditions."""
-        return engine.glimpse.config.selected_visual_layers
-
-    def probe(self, engine: "Engine") -> Tensor:
+    def probe(self, model: Model) -> Tensor:
         """The glimpse."""
-        return engine.glimpse.vectors
+        return model.glimpse_weights.vectors
 
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """What the predictor finds important."""
-        glimpse, visual_rows = look.engine.glimpse, look.batch.visual_rows
-        logits = [
-            look.layers[layer].logits(look.asking)[visual_rows]
-            for layer in glimpse.config.selected_layers
-        ]
-        logits = torch.cat(logits, dim=-1)
-        batch = look.batch
-        importance = glimpse.predictor(logits, look.taps, batch.all_grids, batch.visual_counts)
-        return Choice(look.by_rule(importance), importance, logits)
+        glimpse, visual_rows = context.model.glimpse_weights, context.batch.visual_rows
+        selected = (context.layers[layer] for layer in glimpse.config.selected_layers)
+        logits = torch.cat([x.logits(context.query_rows)[visual_rows] for x in selected], dim=-1)
+        batch = context.batch
+        importance = glimpse.predictor(logits, context.taps, batch.all_grids, batch.visual_counts)
+        return Decision(context.select(importance), importance, logits)

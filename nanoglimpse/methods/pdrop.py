@@ -1,72 +1,66 @@
-"""PyramidDrop (arXiv 2410.17247): after each quarter of the layers fewer tokens.
+"""PyramidDrop (arXiv 2410.17247): fewer visual tokens after each quarter of the layers.
 
-After the public code (modeling_llama_pdrop.py): at a stage the next layer's own norm and
-projections, with rotary embedding, say what the last prompt token attends to, and the best stay.
-There the shares are 1, ½, ¼, ⅛ of all tokens; under a cap they fall geometrically to the cap.
-Unlike there, positions are kept, several images share one budget, and rows leave the cache of all
-layers.
+After the public code (modeling_llama_pdrop.py): at a stage, the next layer's own norm and
+projections, with rotary embedding, give the attention of the last prompt token, and the most
+attended tokens stay. There the shares are 1, ½, ¼, ⅛ of all tokens; under a cap they fall
+geometrically to the cap. Unlike there, positions are kept, several images share one budget, and
+rows leave the cache of all layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..batch import last_rows
-from ..errors import UsageError
-from ..rope import mrope
-from .base import Choice, Look, Method
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.inputs.prompt import last_rows
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.schedule import solve, unreachable
+from nanoglimpse.model.model import Model
+from nanoglimpse.model.rope import mrope
 
 STAGES, LAST_SHARE = 3, 1 / 8
 
 
-class PyramidDrop(Method):
+class PyramidDrop(PruningMethod):
     """Three stages inside the decoder."""
 
     name = "pdrop"
     about = "PyramidDrop, arXiv 2410.17247: in three stages, what the last prompt token attends to"
-    capped = False
+    budget = "adaptive"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
+    def layers(self, model: Model) -> Sequence[int]:
         """After each quarter of the layers but the last."""
-        depth = engine.config.text_config.num_hidden_layers
-        return tuple(max(round(depth * stage / (STAGES + 1)), stage) for stage in (1, 2, 3))
+        stages = range(1, STAGES + 1)
+        return tuple(max(round(model.depth * stage / (STAGES + 1)), stage) for stage in stages)
 
-    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
-        """What the last stage has to leave; the mean over layers grows with it, so it is halved."""
+    def needs(self, model: Model) -> Needs:
+        """Hidden rows, which the next layer's projections score."""
+        return Needs(hidden=True)
+
+    def stage_ratio(self, model: Model, ratio: float, kv_drop: str) -> float:
+        """The share that the last stage leaves."""
         if kv_drop == "all":
             return ratio
-        depth = engine.config.text_config.num_hidden_layers
-        ends = (0, *self.stops(engine), depth)
-        spans = [after - before for before, after in pairwise(ends)]
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            held = sum(span * middle ** (i / STAGES) for i, span in enumerate(spans)) / depth
-            low, high = (middle, high) if held < ratio else (low, middle)
-        if high < 1e-6:
-            raise UsageError(
-                f"method pdrop leaves the cache of {spans[0]} of {depth} layers alone, so that "
-                f"{ratio:g} cannot be reached; give a larger max_ratio, or kv_drop all"
-            )
-        return high
+        depth = model.depth
+        spans = [after - before for before, after in pairwise((0, *self.layers(model), depth))]
+        last = solve(
+            lambda x: sum(span * x ** (i / STAGES) for i, span in enumerate(spans)) / depth, ratio
+        )
+        if last < 1e-6:
+            raise unreachable(self.name, spans[0], depth, ratio)
+        return last
 
-    def choose(self, look: Look) -> Choice:
-        """The best of this stage."""
-        stage = look.stage + 1
-        final = LAST_SHARE if look.rule.max_ratio is None else look.rule.max_ratio
-        share = final ** (stage / STAGES)
-        before = final ** ((stage - 1) / STAGES)
-        block, batch = look.engine.decoder.layers[self.stops(look.engine)[look.stage]], look.batch
-        rope = mrope(batch.positions, look.engine.config.text_config)
-        last = last_rows(batch.counts, look.hidden.device)
-        _, k, _ = block.project(look.hidden, rope)
-        pairs = zip(block.query(look.hidden[last], rope[last]), k.split(batch.counts), strict=True)
-        logits = torch.cat([look.engine.ops.row_logits(*pair) for pair in pairs])
-        seen = replace(look, rule=replace(look.rule, max_ratio=share / before))
-        return Choice(seen.by_rule(look.mean_softmax(logits), threshold=0.0))
+    def choose(self, context: PruningContext) -> Decision:
+        """The most attended of this stage."""
+        stage, cap = context.stage + 1, context.rule.max_ratio
+        final = LAST_SHARE if cap is None else cap
+        share, before = final ** (stage / STAGES), final ** ((stage - 1) / STAGES)
+        model, batch, hidden = context.model, context.batch, context.hidden
+        block = model.decoder.layers[self.layers(model)[context.stage]]
+        rope = mrope(batch.positions, model.text)
+        last = last_rows(batch.counts, hidden.device)
+        _, k, _ = block.project(hidden, rope)
+        pairs = zip(block.query(hidden[last], rope[last]), k.split(batch.counts), strict=True)
+        logits = torch.cat([model.ops.row_logits(*pair) for pair in pairs])
+        again = context.with_ratio(share / before)
+        return Decision(again.select(context.mean_softmax(logits), threshold=0.0))

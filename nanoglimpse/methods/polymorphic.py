@@ -11,83 +11,78 @@ later one the same share of the one before, so that the mean is met].
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method, solve
-from .clusters import density_peaks
-from .similarity import best, rest
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.schedule import scaled, solve
+from nanoglimpse.methods.similarity import best, density_peaks, rest
+from nanoglimpse.model.model import Model
 
 LAYERS, DEPTH, FIRST, CLUSTERED = (3, 7, 13), 28, 2.0, 10 / 64
 
 
-class Polymorphic(Method):
+class Polymorphic(PruningMethod):
     """One stage by attention, three by likeness to the text."""
 
     name = "polymorphic"
     about = "Polymorphic, two kinds of stages: before the decoder by attention, then by the text"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
+    def layers(self, model: Model) -> Sequence[int]:
         """Before the decoder, and after layers 3, 7 and 13 of 28, scaled and apart."""
-        depth, stops = engine.config.text_config.num_hidden_layers, [0]
-        for layer in LAYERS:
-            stops.append(max(round(depth * layer / DEPTH), stops[-1] + 1))
-        return stops
+        return [0, *scaled(LAYERS, DEPTH, model.depth)]
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
+    def needs(self, model: Model) -> Needs:
+        """Attention of the last block of the vision encoder, then hidden rows."""
+        return Needs(vision_blocks=(len(model.vision.blocks) - 1,), hidden=True)
 
-    def levels(self, engine: "Engine") -> list[float]:
+    def levels(self, model: Model) -> list[float]:
         """What each stage leaves, in terms of what the last one does."""
-        spans, depth = self.spans(engine), engine.config.text_config.num_hidden_layers
+        spans, depth = self.spans(model), model.depth
         decay = solve(lambda x: FIRST * sum(s * x**i for i, s in enumerate(spans)), depth)
         return [decay ** (i - len(LAYERS)) for i in range(len(spans))]
 
-    def spans(self, engine: "Engine") -> list[int]:
+    def spans(self, model: Model) -> list[int]:
         """Layers behind each stage, up to the next."""
-        ends = [*self.stops(engine), engine.config.text_config.num_hidden_layers]
+        ends = [*self.layers(model), model.depth]
         return [end - start for start, end in pairwise(ends)]
 
-    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
+    def stage_ratio(self, model: Model, ratio: float, kv_drop: str) -> float:
         """What the last stage leaves."""
         if kv_drop == "all":
             return ratio
-        stages = list(zip(self.spans(engine), self.levels(engine), strict=True))
-        depth = engine.config.text_config.num_hidden_layers
+        stages = list(zip(self.spans(model), self.levels(model), strict=True))
+        depth = model.depth
         return solve(
             lambda x: sum(span * min(level * x, 1) for span, level in stages), ratio * depth
         )
 
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """The stage's choice: image by image, then prompt by prompt."""
-        ratio = min(self.levels(look.engine)[look.stage] * look.rule.max_ratio, 1.0)
-        if look.stage:
-            return self._by_text(look, ratio)
-        (score,) = look.watch.received.values()
-        values = look.visual.clone()
-        kept = replace(look, rule=replace(look.rule, max_ratio=ratio)).per_image(
+        ratio = min(self.levels(context.model)[context.stage] * context.max_ratio, 1.0)
+        if context.stage:
+            return self._by_text(context, ratio)
+        (score,) = context.block_stats.received.values()
+        values = context.visual.clone()
+        kept = context.with_ratio(ratio).per_image(
             lambda own, count: condense(values[own], score[own], count)
         )
-        return Choice(kept, values=values[kept])
+        return Decision(kept, values=values[kept])
 
-    def _by_text(self, look: Look, ratio: float) -> Choice:
-        values, kept = look.hidden[look.batch.visual_rows].clone(), ~look.batch.prunable
-        for prompt, own in enumerate(look.prompts()):
-            mine = own.start + look.batch.prunable[own].nonzero().flatten()
-            allowed = max(int(ratio * look.source_counts[prompt]), look.rule.min_tokens or 0)
+    def _by_text(self, context: PruningContext, ratio: float) -> Decision:
+        values, kept = context.hidden[context.batch.visual_rows].clone(), ~context.prunable
+        for prompt, own in enumerate(context.prompts()):
+            mine = own.start + context.prunable[own].nonzero().flatten()
+            allowed = max(
+                int(ratio * context.original_counts[prompt]), context.rule.min_tokens or 0
+            )
             seen = values[mine]
-            score = likeness(seen, look.hidden[look.question(prompt)])
+            score = likeness(seen, context.hidden[context.question(prompt)])
             kept[mine[condense(seen, score, allowed)]] = True
             values[mine] = seen
-        return Choice(kept, values=values[kept])
+        return Decision(kept, values=values[kept])
 
 
 def likeness(seen: Tensor, text: Tensor) -> Tensor:

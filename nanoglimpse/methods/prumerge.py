@@ -8,50 +8,43 @@ normalised. Unlike there, tokens stay in raster order at their own positions, th
 left out, and no outliers at all keeps one token.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import best, unit
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, unit
+from nanoglimpse.model.model import Model
 
 NEIGHBOURS = 32
 
 
 @dataclass(frozen=True)
-class PruMerge(Method):
+class PruMerge(PruningMethod):
     """Outliers of attention, before the decoder."""
 
     name: str
     about: str
     spaced: bool
-    capped: bool = False
+    budget: Literal["cap", "adaptive", "fixed"] = "adaptive"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
+    def needs(self, model: Model) -> Needs:
+        """Attention and keys of the last block of the vision encoder."""
+        return Needs(vision_blocks=(len(model.vision.blocks) - 1,))
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Image by image."""
-        (block,) = look.watch.blocks
-        values, kept = look.visual.clone(), ~look.batch.prunable
-        for own, _ in look.images():
-            score = look.watch.received[block][own]
+        (block,) = context.block_stats.blocks
+        values, kept = context.visual.clone(), ~context.prunable
+        for own, _ in context.images():
+            score = context.block_stats.received[block][own]
             attention = score / score.sum()
-            chosen = self.standing_out(attention, look.rule.max_ratio)
-            gain(values[own], look.watch.keys[block][own], attention, chosen)
+            chosen = self.standing_out(attention, context.rule.max_ratio)
+            gain(values[own], context.block_stats.keys[block][own], attention, chosen)
             kept[own.start + chosen] = True
-        return Choice(kept, values=values[kept])
+        return Decision(kept, values=values[kept])
 
     def standing_out(self, attention: Tensor, cap: float | None) -> Tensor:
         """int64, indices of the tokens that stay, at most the cap's share."""

@@ -7,43 +7,34 @@ key of the last vision block, and the best pairs merge, weighted by how much eac
 already. A merged token stands where the odd one stood.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import best, nearest
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, nearest
+from nanoglimpse.model.model import Model
 
 
-class ToMe(Method):
+class ToMe(PruningMethod):
     """Merging of like tokens, before the decoder."""
 
     name = "tome"
     about = "ToMe on merged tokens, after arXiv 2210.09461: before the decoder, like tokens merge"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
+    def needs(self, model: Model) -> Needs:
+        """Attention and keys of the last block of the vision encoder."""
+        return Needs(vision_blocks=(len(model.vision.blocks) - 1,))
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Image by image."""
-        (block,) = look.watch.blocks
-        values = look.visual.clone()
+        (block,) = context.block_stats.blocks
+        values = context.visual.clone()
 
         def pick(own: slice, count: int) -> Tensor:
-            return match(values[own], look.watch.keys[block][own].clone(), count)
+            return match(values[own], context.block_stats.keys[block][own].clone(), count)
 
-        kept = look.per_image(pick)
-        return Choice(kept, values=values[kept])
+        kept = context.per_image(pick)
+        return Decision(kept, values=values[kept])
 
 
 def match(values: Tensor, keys: Tensor, count: int) -> Tensor:

@@ -7,42 +7,36 @@ there, attention stays inside an image, and the quota is per image, 54 dominant 
 in the original.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import best, nearest, rest
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, nearest, rest
+from nanoglimpse.model.model import Model
 
 CONTEXTUAL = 10 / 64
 
 
-class VisionZip(Method):
+class VisionZip(PruningMethod):
     """Dominant and contextual tokens, before the decoder."""
 
     name = "visionzip"
     about = "VisionZip, arXiv 2412.04467: before the decoder, most attended tokens, others merged"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
+    def needs(self, model: Model) -> Needs:
+        """Attention and keys of the last block of the vision encoder."""
+        return Needs(vision_blocks=(len(model.vision.blocks) - 1,))
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Image by image."""
-        (block,) = look.watch.blocks
-        values = look.visual.clone()
+        (block,) = context.block_stats.blocks
+        values = context.visual.clone()
 
         def pick(own: slice, count: int) -> Tensor:
-            score, keys = look.watch.received[block][own], look.watch.keys[block][own]
+            score, keys = (
+                context.block_stats.received[block][own],
+                context.block_stats.keys[block][own],
+            )
             extra = min(max(round(CONTEXTUAL * count), 1), count)
             dominant = best(score, count - extra)
             others = rest(len(score), dominant)
@@ -50,8 +44,8 @@ class VisionZip(Method):
             merge(values[own], keys, targets, rest(len(score), torch.cat((dominant, targets))))
             return torch.cat((dominant, targets))
 
-        kept = look.per_image(pick)
-        return Choice(kept, values=values[kept])
+        kept = context.per_image(pick)
+        return Decision(kept, values=values[kept])
 
 
 def merge(values: Tensor, keys: Tensor, targets: Tensor, others: Tensor) -> None:

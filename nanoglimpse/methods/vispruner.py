@@ -7,51 +7,39 @@ features compared are those before the merger. Unlike there, odd lengths work, a
 computed in tiles.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from .base import Choice, Look, Method
-from .similarity import best, nearest
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, nearest
+from nanoglimpse.model.model import Model
 
 IMPORTANT, A_ROUND = 0.5, 8
 
 
-class VisPruner(Method):
+class VisPruner(PruningMethod):
     """Important and diverse tokens, before the decoder."""
 
     name = "vispruner"
     about = "VisPruner, arXiv 2412.01818: before the decoder, half most attended, half most diverse"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
-        """Before the decoder."""
-        return (0,)
+    def needs(self, model: Model) -> Needs:
+        """Attention of the last block of the vision encoder, and its features."""
+        last = (len(model.vision.blocks) - 1,)
+        return Needs(vision_blocks=last, taps=last)
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
-
-    def taps(self, engine: "Engine") -> Sequence[int]:
-        """The last block."""
-        return (len(engine.vision.blocks) - 1,)
-
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Image by image."""
-        (block,) = look.watch.blocks
+        (block,) = context.block_stats.blocks
 
         def pick(own: slice, count: int) -> Tensor:
-            order = best(look.watch.received[block][own], own.stop - own.start)
+            order = best(context.block_stats.received[block][own], own.stop - own.start)
             important = int(count * IMPORTANT)
-            features = look.taps[0, own]
+            features = context.taps[0, own]
             spread = thin_out(features, order[important:], count - important)
             return torch.cat((order[:important], spread))
 
-        return Choice(look.per_image(pick))
+        return Decision(context.per_image(pick))
 
 
 def thin_out(features: Tensor, order: Tensor, count: int) -> Tensor:

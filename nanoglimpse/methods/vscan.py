@@ -11,69 +11,65 @@ each image has its own.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..batch import last_rows
-from .base import Choice, Look, Method
-from .similarity import best, nearest, rest
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.inputs.prompt import last_rows
+from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
+from nanoglimpse.methods.similarity import best, nearest, rest
+from nanoglimpse.model.model import Model
 
 WINDOW, SECOND_SHARE = 4, 1 / 3
 
 
-class VScan(Method):
+class VScan(PruningMethod):
     """Local and global tokens, then what the text looks at."""
 
     name = "vscan"
     about = "VScan, arXiv 2505.22654: local and global tokens, others merged; then half way again"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
+    def layers(self, model: Model) -> Sequence[int]:
         """Before the decoder, and after half its layers."""
-        return (0, -(-engine.config.text_config.num_hidden_layers // 2))
+        return (0, -(-model.depth // 2))
 
-    def watches(self, engine: "Engine") -> Sequence[int]:
-        """The first and the last block that attend to the whole image."""
-        blocks = sorted(engine.config.vision_config.fullatt_block_indexes)
-        return (blocks[0], blocks[-1])
+    def needs(self, model: Model) -> Needs:
+        """The first and the last block that attend to the whole image; hidden rows half way."""
+        blocks = sorted(model.config.vision_config.fullatt_block_indexes)
+        return Needs(vision_blocks=(blocks[0], blocks[-1]), hidden=True)
 
-    def share(self, engine: "Engine", ratio: float, kv_drop: str) -> float:
+    def stage_ratio(self, model: Model, ratio: float, kv_drop: str) -> float:
         """What the second stage leaves of all tokens."""
         if kv_drop == "all":
             return ratio
-        depth, half = engine.config.text_config.num_hidden_layers, self.stops(engine)[1]
+        depth, half = model.depth, self.layers(model)[1]
         first = ratio * depth / (half + (depth - half) * SECOND_SHARE)
         if first <= 1:
             return first * SECOND_SHARE
         return max((ratio * depth - half) / (depth - half), 0.0)
 
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """The stage's choice."""
-        final = look.rule.max_ratio
+        final = context.max_ratio
         first = min(final / SECOND_SHARE, 1.0)
-        if look.stage:
-            again = replace(look, rule=replace(look.rule, max_ratio=final / first))
-            return Choice(again.by_rule(again.mean_softmax(self._ranking(look)), threshold=0.0))
-        return self._scan(replace(look, rule=replace(look.rule, max_ratio=first)))
+        if context.stage:
+            again = context.with_ratio(final / first)
+            return Decision(again.select(again.mean_softmax(self._ranking(context)), threshold=0.0))
+        return self._scan(context.with_ratio(first))
 
-    def _ranking(self, look: Look) -> Tensor:
+    def _ranking(self, context: PruningContext) -> Tensor:
         """Logits [T, HQ] of each prompt's last row in the next layer, unrotated."""
-        block, batch = look.engine.decoder.layers[self.stops(look.engine)[1]], look.batch
-        last = last_rows(batch.counts, look.hidden.device)
-        q = block.linear_heads(look.hidden[last], 0, block.heads)
-        k = block.linear_heads(look.hidden, block.heads, block.heads + block.kv_heads)
+        block, batch = context.model.decoder.layers[self.layers(context.model)[1]], context.batch
+        last = last_rows(batch.counts, context.hidden.device)
+        q = block.project_heads(context.hidden[last], 0, block.heads)
+        k = block.project_heads(context.hidden, block.heads, block.heads + block.kv_heads)
         pairs = zip(q, k.split(batch.counts), strict=True)
-        return torch.cat([look.engine.ops.row_logits(*pair) for pair in pairs])
+        return torch.cat([context.model.ops.row_logits(*pair) for pair in pairs])
 
-    def _scan(self, look: Look) -> Choice:
-        local, whole = (look.watch.received[block] for block in self.watches(look.engine))
-        values = look.visual.clone()
-        sizes = {own.start: size for own, size in look.images()}
+    def _scan(self, context: PruningContext) -> Decision:
+        local, whole = (context.block_stats.received[block] for block in context.block_stats.blocks)
+        values = context.visual.clone()
+        sizes = {own.start: size for own, size in context.images()}
 
         def pick(own: slice, count: int) -> Tensor:
             near = of_windows(local[own], *sizes[own.start], count // 2)
@@ -83,8 +79,8 @@ class VScan(Method):
             average(values[own], chosen)
             return chosen
 
-        kept = look.per_image(pick)
-        return Choice(kept, values=values[kept])
+        kept = context.per_image(pick)
+        return Decision(kept, values=values[kept])
 
 
 def of_windows(score: Tensor, height: int, width: int, count: int) -> Tensor:

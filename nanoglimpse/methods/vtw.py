@@ -5,27 +5,22 @@ plays no part.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from .base import Choice, Look, Method
-
-if TYPE_CHECKING:
-    from ..engine import Engine
+from nanoglimpse.methods.base import Decision, PruningContext, PruningMethod
+from nanoglimpse.model.model import Model
 
 
-class VTW(Method):
+class VTW(PruningMethod):
     """Withdraws all visual tokens."""
 
     name = "vtw"
     about = "VTW, arXiv 2405.05803: after 15/32 of the layers no visual tokens are left"
-    capped = False
-    fixed = True
-    needs_hidden = False
+    budget = "fixed"
 
-    def stops(self, engine: "Engine") -> Sequence[int]:
+    def layers(self, model: Model) -> Sequence[int]:
         """After 15/32 of the layers."""
-        return (max(round(engine.config.text_config.num_hidden_layers * 15 / 32), 1),)
+        return (max(round(model.depth * 15 / 32), 1),)
 
-    def choose(self, look: Look) -> Choice:
+    def choose(self, context: PruningContext) -> Decision:
         """Nothing."""
-        return Choice(~look.batch.prunable)
+        return Decision(~context.prunable)

@@ -1,5 +1,5 @@
 """Training: a base model on the synthetic world, and GlimpsePrune for any checkpoint.
 
-The modules of the engine train as they are: the trainer only lends them another attention, for
-several questions behind one picture, and a cache that keeps nothing.
+The engine's modules are trained unchanged. The trainer only replaces their attention, so that
+several questions share one picture, and their cache, since nothing has to be kept.
 """

@@ -1,194 +1,153 @@
-"""Command line of the trainer: `python -m nanoglimpse.train base|glimpse …`."""
+"""Trains glimpse weights or a small base model: `nanoglimpse train base|glimpse FOLDER …`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..config import Config, GlimpseConfig, check_glimpse, read_json
-from ..engine import Engine, load
-from ..errors import NanoglimpseError, UsageError
-from ..generate import Parser
-from ..weights import locate
-from ..world import DOMAINS
-from .base import SETTINGS, TOKENIZER, BaseTask, copy_folder, write_folder
-from .branches import OPS
-from .curriculum import CURRICULA
-from .data import File, World, domains_of
-from .glimpse import GlimpseTask, Losses
-from .loop import SCHEDULES, STATE, Recipe, Task, processes, train
-from .shapes import NANO
+from nanoglimpse.cli import console
+from nanoglimpse.cli.console import Parser, adder
+from nanoglimpse.cli.options import add_shared
+from nanoglimpse.config import Config, GlimpseConfig, check_glimpse, read_json
+from nanoglimpse.data.sources import FileExamples, WorldExamples, domains_of
+from nanoglimpse.distributed import local_device, num_processes
+from nanoglimpse.engine import Engine
+from nanoglimpse.errors import UsageError
+from nanoglimpse.loader import load
+from nanoglimpse.methods.schedule import two_thirds
+from nanoglimpse.train.curriculum import CURRICULA
+from nanoglimpse.train.glimpse import GlimpseTask, LossWeights
+from nanoglimpse.train.loop import SCHEDULES, STATE, Recipe, TrainTask, train
+from nanoglimpse.train.pretrain import SETTINGS, TOKENIZER, BaseTask, copy_folder, write_folder
+from nanoglimpse.train.shapes import NANO
+from nanoglimpse.train.shared_prefix import OPS
+from nanoglimpse.weights.hub import locate
+from nanoglimpse.world import DOMAINS
 
-# Options that a resumed run may change: they change nothing of the result.
-FREE = {"run", "folder", "device", "threads", "workers", "checkpointing"}
+# Options that do not influence the result, so that a resumed run may change them.
+FREE = {"run", "folder", "device", "threads", "workers", "checkpointing", "debug"}
 FREE |= {"save_every", "evaluate_every", "log_every"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    args = _parser().parse_args(arguments)
-    try:
-        if args.threads:
-            torch.set_num_threads(args.threads)
-        return args.run(args)
-    except NanoglimpseError as error:
-        print(f"nanoglimpse: error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    """Runs the command line; returns its exit code (`console.run`)."""
+    return console.run(_command, _parser(), arguments, memory="use smaller micro-batches")
+
+
+def _command(args: argparse.Namespace) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args.run(args)
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m nanoglimpse.train", description=__doc__)
+    parser = Parser(prog="nanoglimpse train", description=__doc__)
     kinds = parser.add_subparsers(required=True, metavar="base|glimpse")
-    base = kinds.add_parser("base", help="a small Qwen2.5-VL from scratch on the synthetic world")
+    base = kinds.add_parser("base", help="train a small Qwen2.5-VL from scratch on the world")
     base.set_defaults(run=_base)
-    _common(
-        base,
-        steps=30000,
-        lr=1.5e-3,
-        schedule="trapezoid",
-        warmup=0.01,
-        decay=0.5,
-        betas=(0.9, 0.98),
-        weight_decay=0.01,
-        accumulate=1,
-    )
-    begin = base.add_mutually_exclusive_group()
-    begin.add_argument("--shape", type=Path, help="config.json to train instead of nano's")
-    begin.add_argument(
-        "--init",
-        metavar="CHECKPOINT",
-        help="go on from this one, with its tokenizer: nano, a run or another folder",
-    )
-    base.add_argument(
-        "--retokenize",
-        action="store_true",
-        help="with --init: a tokenizer of the world's phrases instead of that of the checkpoint",
-    )
-    base.add_argument(
-        "--curriculum",
-        choices=CURRICULA,
-        default="whole",
-        help="from nothing, its last two stages, or to read: small print, letters, spelled names "
-        "(default: whole)",
-    )
-    base.add_argument(
-        "--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS), help="(default: all)"
-    )
-    base.add_argument("--scale", type=int, default=1, help="times the work of a micro-batch")
-    glimpse = kinds.add_parser("glimpse", help="glimpse token and predictor for any checkpoint")
+    optimisation = {"betas": (0.9, 0.98), "weight_decay": 0.01, "accumulate": 1}
+    schedule = {"lr": 1.5e-3, "schedule": "trapezoid", "warmup": 0.01, "decay": 0.5}
+    _add_common(base, steps=30000, **schedule, **optimisation)
+    _add_base(base)
+    glimpse = kinds.add_parser("glimpse", help="train glimpse token and predictor for a checkpoint")
     glimpse.set_defaults(run=_glimpse)
-    _common(glimpse, steps=0)
-    _glimpse_options(glimpse)
+    _add_common(glimpse, steps=0)
+    _add_data(glimpse)
+    _add_glimpse(glimpse)
     return parser
 
 
-def _glimpse_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", default="nano", help="checkpoint: nano, a folder or a Hub id (default: nano)")
-    add(
-        "--data",
-        default="world:scene",
-        help="world, world:DOMAINS (scene,chart; twice is twice as often) or a .jsonl "
-        "(default: world:scene)",
+def _add_base(parser: Parser) -> None:
+    init = "start from these weights and their tokenizer: nano, a run or another folder"
+    start = adder(parser.add_mutually_exclusive_group())
+    start("--shape", Path, "config.json to use in place of nano's")
+    start("--init", str, init, metavar="CHECKPOINT")
+    stages = (
+        "stages: whole (from scratch), late (its last two), or for reading: reading (small print), "
+        "letters, spelling"
     )
-    add("--images", type=Path, help="folder of a file's pictures (default: the file's own)")
-    add("--pictures", type=int, default=8, help="of the world in a micro-batch (default: 8)")
-    add("--questions", type=int, default=8, help="about each of them (default: 8)")
-    add("--short", action="store_true", help="the world answers with a word, unasked")
-    add(
-        "--brief",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="of the world's micro-batches that ask for a word (default: 0)",
-    )
-    add("--token", metavar="TEXT", help="a token that the glimpse begins as (default: noise)")
-    add(
-        "--token-rate",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="of the learning rate, at which the glimpse token learns (default: 1)",
-    )
-    add(
-        "--le-layers",
-        type=int,
-        nargs="+",
-        help="layers whose input the glimpse is added to; the first is 0 (default: all)",
-    )
-    add("--layer", type=int, help="K, layers before pruning (default: two thirds of all)")
-    add(
-        "--taps",
-        type=int,
-        nargs="*",
-        help="vision blocks that condition the predictor, first to last "
-        "(default: four, the last one first)",
-    )
-    add(
-        "--log-softmax",
-        action="store_true",
-        help="the predictor reads log-probabilities of the glimpse's attention, not its raw logits",
-    )
-    add("--size", type=int, default=256, help="E, width of the predictor (default: 256)")
-    add("--condition", type=int, default=512, help="F, width of the conditions (default: 512)")
-    add(
-        "--threshold",
-        type=float,
-        default=0.5,
-        help="that the weights state: keep what is more important (default: 0.5)",
-    )
-    add("--dropout", type=float, default=0.1, help="of the glimpse vectors (default: 0.1)")
-    add("--dice", type=float, default=1.0, help="weight of the dice loss (default: 1)")
-    add("--bce", type=float, default=0.1, help="weight of the BCE loss (default: 0.1)")
-    add("--lm", type=float, default=1.0, help="weight of the language loss (default: 1)")
-    add("--no-lm-loss", action="store_true", help="ablation (paper, Tab. 5)")
-    add("--no-location-loss", action="store_true", help="ablation; implies --no-predictor")
-    add("--no-predictor", action="store_true", help="ablation: a weighted mean over heads instead")
-    add("--no-visual-condition", action="store_true", help="ablation")
-    add("--checkpointing", action="store_true", help="less memory: compute activations twice")
+    add = adder(parser)
+    add("--retokenize", False, "with --init: make a new tokenizer from the world's phrases")
+    add("--curriculum", "whole", stages, choices=CURRICULA)
+    add("--domains", list(DOMAINS), "domains to draw", "all", DOMAINS)
+    add("--scale", 1, "factor on the size of micro-batches")
 
 
-def _common(parser: argparse.ArgumentParser, **defaults) -> None:
-    parser.add_argument("folder", type=Path, help="of the run: state, log, and what is written")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
-    parser.add_argument("--device", default="auto", help="(default: cuda where there is one)")
-    parser.add_argument("--dtype", default="auto", help="(default: bfloat16 on cuda, else float32)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
-    helps = {
-        "steps": "optimiser steps in all",
-        "lr": "peak learning rate",
-        "schedule": "cosine or trapezoid",
-        "warmup": "share of the steps",
-        "decay": "share of the steps that a trapezoid falls at its end",
-        "betas": "of AdamW",
-        "weight_decay": "of matrices",
-        "grad_norm": "gradients are clipped to this norm",
-        "accumulate": "micro-batches of a step",
-        "save_every": "steps between saved states",
-        "evaluate_every": "steps between evaluations",
-        "log_every": "steps between lines of the log",
-        "workers": "processes that make data; 0 makes it in place",
-    }
-    ends = {"steps": "one epoch of a file"}
+def _add_data(parser: Parser) -> None:
+    data = "world, world:DOMAINS (as scene,chart; repeat one to draw it more often) or a .jsonl"
+    brief = "world: share of the micro-batches with brief prompts"
+    add_shared(parser, "model", "--model")
+    add = adder(parser.add_argument_group("data"))
+    add("--data", "world:scene", data)
+    add("--images", Path, "folder of the pictures", "that of the file")
+    add("--pictures", 8, "world: pictures in a micro-batch")
+    add("--questions", 8, "world: questions about a picture")
+    add("--short", False, "world: short answers to free-form questions, too")
+    add("--brief", 0.0, brief, metavar="SHARE")
+
+
+def _add_glimpse(parser: Parser) -> None:
+    rate = "learning rate of the glimpse token, as a share of --lr"
+    layers = "layers to whose input the glimpse is added, from 0"
+    taps = "vision blocks that condition the predictor, in the order of its blocks"
+    logits = "give the predictor log-probabilities of the glimpse's attention, not raw logits"
+    add = adder(parser.add_argument_group("glimpse"))
+    add("--token", str, "text token to initialise the glimpse", "random", metavar="TEXT")
+    add("--token-rate", 1.0, rate, metavar="SHARE")
+    add("--le-layers", int, layers, "all", nargs="+")
+    add("--layer", int, "K, number of layers before pruning", "two thirds")
+    add("--taps", int, taps, "four, from the last one down", nargs="*")
+    add("--log-softmax", False, logits)
+    add("--size", 256, "E, width of the predictor")
+    add("--condition", 512, "F, width of its conditions")
+    add("--threshold", 0.5, "importance above which the weights keep a token")
+    add("--dropout", 0.1, "dropout of the glimpse vectors")
+    add("--dice", 1.0, "weight of the dice loss")
+    add("--bce", 0.1, "weight of the BCE loss")
+    add("--lm", 1.0, "weight of the language loss")
+    add("--no-lm-loss", False, "ablation: no language loss (Table 5)")
+    add("--no-location-loss", False, "ablation; implies --no-predictor")
+    add("--no-predictor", False, "ablation: the weighted mean over heads")
+    add("--no-visual-condition", False, "ablation: no vision features")
+    add("--checkpointing", False, "recompute activations to save memory")
+
+
+RECIPE = {
+    "steps": "number of optimiser steps",
+    "lr": "peak learning rate",
+    "schedule": "learning-rate schedule",
+    "warmup": "share of the steps in which the learning rate rises",
+    "decay": "share of the steps in which a trapezoid falls",
+    "betas": "betas of AdamW",
+    "weight_decay": "weight decay of matrices",
+    "grad_norm": "norm to which gradients are clipped",
+    "accumulate": "micro-batches per step",
+    "save_every": "steps between saved states",
+    "evaluate_every": "steps between evaluations",
+    "log_every": "steps between lines of the log",
+    "workers": "subprocesses that make data, 0 for none",
+}
+
+
+def _add_common(parser: Parser, **defaults: Any) -> None:
+    """Options of both commands; `defaults` stand in for those of the recipe."""
+    add = adder(parser)
+    add("folder", Path, "folder of the run: state, log and weights")
+    add("--seed", 0, "seed of data and weights")
+    add("--device", "auto", "cpu, cuda or cuda:N", "cuda where available")
+    add("--dtype", "auto", "float32 or bfloat16", "bfloat16 with a GPU")
+    add("--threads", 0, "CPU threads", "torch's choice")
+    add = adder(parser.add_argument_group("optimisation"))
+    shown = {"steps": "" if defaults["steps"] else "one epoch of a file"}
+    more: dict[str, dict[str, Any]] = {"schedule": {"choices": SCHEDULES}, "betas": {"nargs": 2}}
     for field in fields(Recipe):
-        value = defaults.get(field.name, field.default)
-        pair = {"nargs": 2} if field.name == "betas" else {}
-        pair |= {"choices": SCHEDULES} if field.name == "schedule" else {}
-        kind = float if field.name == "betas" else type(value)
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            default=value,
-            help=f"{helps[field.name]} (default: {value or ends.get(field.name, value)})",
-            **pair,
-        )
+        name, value = field.name, defaults.get(field.name, field.default)
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, value, RECIPE[name], shown.get(name, ""), **more.get(name, {}))
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -198,15 +157,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    device = torch.device((own if cuda else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(local_device(args.device))
     name = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
     if name not in ("float32", "bfloat16"):
-        raise UsageError(f"dtype {name} cannot be trained in; take float32 or bfloat16")
+        raise UsageError(f"--dtype must be float32 or bfloat16 for training, got {name}")
     return device, getattr(torch, name)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, flush=True)
 
 
@@ -214,7 +172,7 @@ def _base(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     recipe = _recipe(args)
     if args.retokenize and not args.init:
-        raise UsageError("--retokenize is of a checkpoint; name it with --init")
+        raise UsageError("--retokenize needs --init, the checkpoint to convert")
     init = None
     if args.init and not (args.folder / STATE).exists():
         init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"])
@@ -224,7 +182,7 @@ def _base(args: argparse.Namespace) -> int:
         else:
             shape = init / "config.json" if init else args.shape
             write_folder(args.folder, read_json(shape) if shape else NANO, args.seed)
-    micros = recipe.steps * recipe.accumulate * processes()
+    micros = recipe.steps * recipe.accumulate * num_processes()
     stages = [
         replace(
             stage,
@@ -238,11 +196,11 @@ def _base(args: argparse.Namespace) -> int:
     return _run(task, args)
 
 
-def _run(task: Task, args: argparse.Namespace) -> int:
-    same = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    finished = train(task, _recipe(args), args.folder, same=same, said=_say)
-    _say(f"{'written to' if finished else 'stopped; the same command goes on from'} {args.folder}")
-    return 0 if finished else 130
+def _run(task: TrainTask, args: argparse.Namespace) -> int:
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    stopped = train(task, _recipe(args), args.folder, settings=settings, log=_print)
+    _print(f"{'stopped; the same command continues' if stopped else 'written to'} {args.folder}")
+    return console.exit_code(stopped) if stopped else 0
 
 
 def _glimpse(args: argparse.Namespace) -> int:
@@ -251,28 +209,11 @@ def _glimpse(args: argparse.Namespace) -> int:
     for name in ("brief", "token_rate", "threshold"):
         value = getattr(args, name)
         if not 0 <= value <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value:g} is no share; give 0 to 1")
-    if args.data.partition(":")[0] == "world":
-        source = World(
-            domains_of(args.data),
-            args.pictures,
-            args.questions,
-            args.seed,
-            short=args.short,
-            brief=args.brief,
-        )
-        if not args.steps:
-            raise UsageError("the world has no end; say how many --steps")
-    elif args.short or args.brief:
-        raise UsageError("--short and --brief are of the world; a file has its own answers")
-    else:
-        source = File(Path(args.data), args.images or Path(args.data).parent, args.seed)
-        if source.missing:
-            _say(f"{len(source.missing)} pictures are missing, the first is {source.missing[0]}")
-    if not args.steps:
-        args.steps = -(-source.count // (args.accumulate * processes()))
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} must be in [0, 1], got {value:g}")
+    source = _source(args)
     location = not args.no_location_loss
-    losses = Losses(args.dice * location, args.bce * location, args.lm * (not args.no_lm_loss))
+    losses = LossWeights(args.dice * location, args.bce * location, args.lm * (not args.no_lm_loss))
     task = GlimpseTask(
         engine,
         _glimpse_config(args, engine.config),
@@ -281,25 +222,50 @@ def _glimpse(args: argparse.Namespace) -> int:
         dropout=args.dropout,
         seed=args.seed,
         checkpointing=args.checkpointing,
-        begin=None if args.token is None else _token(engine, args.token),
+        initial_token=None if args.token is None else _token(engine, args.token),
         token_rate=args.token_rate,
     )
     return _run(task, args)
 
 
+def _source(args: argparse.Namespace) -> WorldExamples | FileExamples:
+    """The examples; sets the steps of one epoch where no number is given."""
+    if args.data.partition(":")[0] == "world":
+        world = WorldExamples(
+            domains_of(args.data),
+            args.pictures,
+            args.questions,
+            args.seed,
+            short=args.short,
+            brief=args.brief,
+        )
+        if not args.steps:
+            raise UsageError("--steps is required, since the world has no end")
+        return world
+    if args.short or args.brief:
+        raise UsageError("--short and --brief apply to the world only; leave them out for a file")
+    source = FileExamples(Path(args.data), args.images or Path(args.data).parent, args.seed)
+    if source.missing:
+        _print(f"{len(source.missing)} pictures are missing, the first is {source.missing[0]}")
+    args.steps = args.steps or -(-source.count // (args.accumulate * num_processes()))
+    return source
+
+
 def _token(engine: Engine, text: str) -> int:
-    ids = engine.processor.tokenizer.encode(text, add_special_tokens=False).ids
+    ids = engine.processor.need_tokenizer().encode(text, add_special_tokens=False).ids
     if len(ids) != 1:
-        raise UsageError(f"--token {text!r} is {len(ids)} tokens of this model; give one")
+        raise UsageError(
+            f"--token must be a single token of this model, but {text!r} is {len(ids)}"
+        )
     return ids[0]
 
 
 def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
-    """The paper's choices for this model (Tab. 14), with the ablations asked for."""
+    """The paper's configuration for a model of this size (Tab. 14), changed by the options."""
     depth, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
-    layer = args.layer or -(-2 * depth // 3)
+    layer = args.layer or two_thirds(depth)
     if not 1 <= layer <= depth:
-        raise UsageError(f"layer {layer} is not one of the model's {depth}")
+        raise UsageError(f"--layer must be in [1, {depth}], got {layer}")
     taps = (
         [blocks * quarter // 4 - 1 for quarter in (4, 3, 2, 1)] if args.taps is None else args.taps
     )
@@ -315,7 +281,7 @@ def _glimpse_config(args: argparse.Namespace, config: Config) -> GlimpseConfig:
         selected_visual_layers=() if plain else tuple(taps),
         deep_supervision=False,
         use_attention_logits=not args.log_softmax,
-        # Attention that nobody taught a place for has no natural threshold: only a cap prunes.
+        # Attention that was not trained on locations has no natural threshold, only a cap.
         reduce_threshold=0.0 if args.no_location_loss else args.threshold,
         max_remain_ratio=1 / 9 if args.no_location_loss else None,
     )

@@ -1,25 +1,30 @@
-"""What a base model is shown, in which order: pictures grow with the model, and so do questions."""
+"""The stages of base training: pictures grow during the run, and questions come after them."""
 
 from dataclasses import dataclass
 
-from ..world.picture import CELL
+from nanoglimpse.world.render import CELL
 
-# Its forty rows pass the decoder; a visual token passes the vision encoder as four patches, too.
+# The cost of a question in visual tokens: it has about forty rows, but these pass only the decoder,
+# while a visual token is also four patches in the vision encoder.
 QUESTION_WORK = 8
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One kind of picture: its domain, canvases, number of things and size of objects in pixels.
+    """A kind of picture.
 
-    `often` is how often it is drawn, relative to the others of its stage.
+    Attributes:
+        domain: the domain of the world.
+        canvases: widths and heights to draw from.
+        num_things, size: as in `world.render`.
+        weight: how often it is drawn, relative to the other kinds of its stage.
     """
 
     domain: str
     canvases: tuple[tuple[int, int], ...]
-    things: tuple[int, int] | None = None
+    num_things: tuple[int, int] | None = None
     size: tuple[int, int] | None = None
-    often: int = 1
+    weight: int = 1
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,24 @@ class Stage:
     """A part of the run.
 
     Attributes:
-        share: of the steps, relative to the others.
-        work: of a micro-batch, in visual tokens; a question counts as QUESTION_WORK of them.
-        questions: of a picture; 0 trains the vision encoder alone.
-        aid: weight of the two auxiliary losses, at the stage's beginning and end.
-        draws: what is drawn.
+        share: the share of the steps, relative to the other stages.
+        work: the size of a micro-batch in visual tokens; a question counts as QUESTION_WORK.
+        questions: the number of questions per picture; 0 trains the vision encoder only.
+        aux_weight: weight of the two auxiliary losses at the beginning and the end of the stage.
+        draws: the kinds of pictures.
     """
 
     share: float
     work: int
     questions: int
-    aid: tuple[float, float]
+    aux_weight: tuple[float, float]
     draws: tuple[Draw, ...]
 
     def pictures(self, canvas: tuple[int, int]) -> int:
-        """How many of this canvas a micro-batch takes: processes wait for the slowest."""
+        """How many pictures of a canvas make up a micro-batch.
+
+        Processes wait for the slowest, so that all micro-batches should cost the same.
+        """
         tokens = (canvas[0] // CELL) * (canvas[1] // CELL)
         return max(1, self.work // (tokens + QUESTION_WORK * self.questions))
 
@@ -60,24 +68,25 @@ _LARGE = (
     (672, 504),
 )
 _LAST = (
-    Draw("scene", (*_squares(224, 280, 336), *_LARGE), often=2),
-    Draw("document", (*_squares(280, 336, 392), *_LARGE), often=3),
-    Draw("chart", (*_squares(280, 336, 392), *_LARGE), often=2),
+    Draw("scene", (*_squares(224, 280, 336), *_LARGE), weight=2),
+    Draw("document", (*_squares(280, 336, 392), *_LARGE), weight=3),
+    Draw("chart", (*_squares(280, 336, 392), *_LARGE), weight=2),
 )
-# From nothing: digits are found where one window has one of them, much sooner than elsewhere.
+# For a model with random weights. It learns digits much sooner from pictures of a single attention
+# window with one thing in it.
 _WHOLE = (
     Stage(
         share=0.1,
         work=512,
         questions=0,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(Draw("scene", _squares(112), (1, 1), (84, 106)),),
     ),
     Stage(
         share=0.1,
         work=1024,
         questions=0,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(
             Draw("scene", _squares(112), (1, 1), (44, 106)),
             Draw("document", ((168, 140), (224, 168)), (2, 4)),
@@ -88,7 +97,7 @@ _WHOLE = (
         share=0.2,
         work=1100,
         questions=8,
-        aid=(1.0, 0.7),
+        aux_weight=(1.0, 0.7),
         draws=(
             Draw("scene", _squares(224), (2, 4), (44, 92)),
             Draw("document", ((224, 224), (280, 168)), (3, 6)),
@@ -99,73 +108,73 @@ _WHOLE = (
         share=0.35,
         work=1600,
         questions=8,
-        aid=(0.7, 0.4),
+        aux_weight=(0.7, 0.4),
         draws=(
-            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6), often=2),
-            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), often=3),
-            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6), often=2),
+            Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6), weight=2),
+            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), weight=3),
+            Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6), weight=2),
         ),
     ),
-    Stage(share=0.25, work=1000, questions=8, aid=(0.4, 0.2), draws=_LAST),
+    Stage(share=0.25, work=1000, questions=8, aux_weight=(0.4, 0.2), draws=_LAST),
 )
-# For a model that knows scenes. Small print comes first, without questions: they cost five times as
-# much, and are in vain until it is read.
+# For a model that knows scenes. Small print comes first, without questions: questions cost five
+# times as much and teach nothing until the print can be read.
 _READING = (
     Stage(
         share=15,
         work=1024,
         questions=0,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(
             Draw("scene", _squares(112), (1, 1), (44, 106)),
             Draw("scene", _squares(224), (2, 5)),
-            Draw("document", ((168, 112), (224, 112), (168, 140)), (1, 4), often=5),
-            Draw("chart", ((112, 112), (168, 112), (168, 140)), (1, 3), often=3),
+            Draw("document", ((168, 112), (224, 112), (168, 140)), (1, 4), weight=5),
+            Draw("chart", ((112, 112), (168, 112), (168, 140)), (1, 3), weight=3),
         ),
     ),
     Stage(
         share=20,
         work=1100,
         questions=0,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(
-            Draw("scene", _squares(224, 280), (2, 6), often=2),
-            Draw("document", ((224, 168), (224, 224), (280, 168), (280, 280)), (3, 8), often=5),
-            Draw("chart", ((224, 168), (224, 224), (280, 224)), (3, 6), often=3),
+            Draw("scene", _squares(224, 280), (2, 6), weight=2),
+            Draw("document", ((224, 168), (224, 224), (280, 168), (280, 280)), (3, 8), weight=5),
+            Draw("chart", ((224, 168), (224, 224), (280, 224)), (3, 6), weight=3),
         ),
     ),
     Stage(
         share=30,
         work=1100,
         questions=8,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(
             Draw("scene", _squares(224), (2, 5)),
-            Draw("document", ((224, 168), (224, 224), (280, 168)), (3, 6), often=2),
-            Draw("chart", ((224, 168), (224, 224), (280, 168)), (3, 5), often=2),
+            Draw("document", ((224, 168), (224, 224), (280, 168)), (3, 6), weight=2),
+            Draw("chart", ((224, 168), (224, 224), (280, 168)), (3, 5), weight=2),
         ),
     ),
     Stage(
         share=70,
         work=1600,
         questions=8,
-        aid=(1.0, 0.7),
+        aux_weight=(1.0, 0.7),
         draws=(
             Draw("scene", (*_squares(224, 280, 336), (336, 224), (224, 336)), (2, 6)),
-            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), often=2),
+            Draw("document", (*_squares(224, 280, 336), (280, 336)), (3, 10), weight=2),
             Draw("chart", (*_squares(224, 280, 336), (336, 252)), (3, 6)),
         ),
     ),
-    Stage(share=90, work=1300, questions=8, aid=(0.7, 0.3), draws=_LAST),
+    Stage(share=90, work=1300, questions=8, aux_weight=(0.7, 0.3), draws=_LAST),
 )
-# For one that answers, but reads no words that are new to it: first without questions, on all
-# sizes ("letters"), then with them, on small pictures first ("spelling").
+# For a model that answers but cannot read new words: first without questions and on all sizes
+# ("letters"), then with questions and starting from small pictures ("spelling").
 _LETTERS = (
     Stage(
         share=1,
         work=1200,
         questions=0,
-        aid=(1.0, 1.0),
+        aux_weight=(1.0, 1.0),
         draws=(*_READING[0].draws, *_READING[1].draws, *_LAST, *_LAST),
     ),
 )

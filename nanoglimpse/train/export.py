@@ -1,4 +1,4 @@
-"""Writing what was trained as checkpoints that the engine and transformers load."""
+"""Writes trained weights as checkpoints for the engine and for transformers."""
 
 from pathlib import Path
 
@@ -6,24 +6,24 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import write_whole
-from ..weights.names import parts
+from nanoglimpse.files import write_whole
+from nanoglimpse.weights.mapping import parts
 
 
 def checkpoint_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a module by checkpoint name: `fill`'s inverse, fused matrices taken apart."""
-    own = dict(module.named_parameters())
+    """The tensors of a module by checkpoint name; fused matrices are split again."""
+    parameters = dict(module.named_parameters())
     return {
-        name: own[part.name].detach()[part.start : part.stop].to("cpu", dtype).clone()
+        name: parameters[part.name].detach()[part.start : part.stop].to("cpu", dtype).clone()
         for name, part in parts(module).items()
     }
 
 
 def save_base(folder: Path, module: nn.ModuleDict) -> None:
-    """Writes model.safetensors in bf16.
+    """Writes the vision encoder and the decoder to model.safetensors in bf16.
 
     Raises:
-        NanoglimpseError: it cannot be written.
+        NanoglimpseError: the file cannot be written.
     """
     model = nn.ModuleDict({name: module[name] for name in ("vision", "decoder")})
     tensors = checkpoint_tensors(model, torch.bfloat16)

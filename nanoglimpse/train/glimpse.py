@@ -1,38 +1,40 @@
-"""GlimpsePrune for any checkpoint: the glimpse token and the predictor, the base model frozen.
+"""Trains GlimpsePrune for any checkpoint: glimpse token and predictor, with a frozen base model.
 
-Paper Sec. 4 (Fig. 4a), with what the official code does beyond it: the embeddings of the glimpse
-pass a projection, a norm and a dropout; all layers run over all visual tokens; and the answer sees
-the glimpse row, which predicts its first token. Loss: dice + 0.1 · BCE of the importance against
-the visual tokens under the evidence, and the cross entropy of the answer (Sec. 4, Eq. of L).
+This follows Sec. 4 of the paper (Fig. 4a) and the official code, which adds three things: the
+embeddings of the glimpse pass a projection, a norm and a dropout; all layers run over all visual
+tokens; and the answer attends to the glimpse row, which predicts its first token. The loss is
+dice + 0.1 · BCE of the importance against the visual tokens under the evidence, plus the cross
+entropy of the answer (Sec. 4, Eq. of L).
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import GlimpseConfig, TextConfig
-from ..engine import Engine
-from ..evaluate.answers import figures
-from ..glimpse import Glimpse, Predictor
-from ..kernels.ops import TORCH
-from ..layers import Module
-from ..rope import mrope
-from ..weights.glimpse import save_glimpse
-from .base import read_answers
-from .branches import Keys, run_layer, visual_logits
-from .data import Source
-from .examples import Batch, collate
-from .export import checkpoint_tensors
+from nanoglimpse.config import GlimpseConfig, TextConfig
+from nanoglimpse.data.sources import ExampleSource
+from nanoglimpse.engine import Engine
+from nanoglimpse.evaluate.run import score_examples
+from nanoglimpse.kernels.reference.table import TORCH
+from nanoglimpse.model.decoder import Probe, run_block, run_layers
+from nanoglimpse.model.glimpse import Glimpse, Predictor
+from nanoglimpse.model.layers import Module
+from nanoglimpse.model.rope import mrope
+from nanoglimpse.train.collate import TrainBatch, collate
+from nanoglimpse.train.export import checkpoint_tensors
+from nanoglimpse.train.pretrain import answer_loss
+from nanoglimpse.train.shared_prefix import KeptKeys, recomputed, visual_logits
+from nanoglimpse.weights.glimpse import save_glimpse
 
 
 @dataclass(frozen=True)
-class Losses:
-    """Weights of the loss terms (paper Sec. 4: dice to BCE 10 : 1, place to language 1 : 1)."""
+class LossWeights:
+    """Weights of the losses; by default those of the paper (Sec. 4)."""
 
     dice: float = 1.0
     bce: float = 0.1
@@ -40,13 +42,14 @@ class Losses:
 
 
 class GlimpseToken(Module):
-    """The vectors that the glimpse row gets before each layer: RMSNorm(W·E_l + b).
+    """The vectors that are added to the glimpse row before each layer: RMSNorm(W·E_l + b).
 
     Args:
-        text: of the checkpoint.
-        layers: that get one; the others get zeros.
-        begin: [C], the embedding of a text token that the first vector equals at the beginning,
-            instead of the official random one.
+        text: the configuration of the checkpoint.
+        layers: the layers with a vector; the vectors of the others are 0.
+        generator: initialises the parameters.
+        initial: [C], the embedding of a text token with which the first vector starts, instead of
+            the official random one.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class GlimpseToken(Module):
         text: TextConfig,
         layers: Sequence[int],
         generator: torch.Generator,
-        begin: Tensor | None,
+        initial: Tensor | None,
     ):
         super().__init__()
         size = text.hidden_size
@@ -62,22 +65,22 @@ class GlimpseToken(Module):
         bound = (3 / size) ** 0.5  # Xavier
         weight = torch.empty(size, size).uniform_(-bound, bound, generator=generator)
         scale = torch.ones(size)
-        if begin is not None:
-            weight, scale = torch.eye(size), scale * begin.pow(2).mean().sqrt()
-            embeddings[layers.index(0), 0] = begin
+        if initial is not None:
+            weight, scale = torch.eye(size), scale * initial.pow(2).mean().sqrt()
+            embeddings[layers.index(0), 0] = initial
         self.embeddings, self.weight = nn.Parameter(embeddings), nn.Parameter(weight)
         self.bias, self.scale = nn.Parameter(torch.zeros(size)), nn.Parameter(scale)
         self.eps, self.depth, self.layers = text.rms_norm_eps, text.num_hidden_layers, layers
 
     def forward(self) -> Tensor:
-        """[L, C]"""
+        """Returns the vectors of all layers, [L, C]."""
         mapped = F.linear(self.embeddings[:, 0], self.weight, self.bias)
         vectors = F.rms_norm(mapped, self.scale.shape, self.scale, self.eps)
-        everywhere = vectors.new_zeros(self.depth, len(self.scale))
-        return everywhere.index_copy(0, torch.tensor(self.layers, device=vectors.device), vectors)
+        zeros = vectors.new_zeros(self.depth, len(self.scale))
+        return zeros.index_copy(0, torch.tensor(self.layers, device=vectors.device), vectors)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By their published names."""
+        """The parameters by their published names."""
         names = ("learnable_embeddings", "le_proj.weight", "le_proj.bias", "le_norm.weight")
         values = (self.embeddings, self.weight, self.bias, self.scale)
         return {name: t.detach().cpu() for name, t in zip(names, values, strict=True)}
@@ -85,34 +88,41 @@ class GlimpseToken(Module):
 
 @dataclass(frozen=True)
 class GlimpseBatch:
-    """A micro-batch and its number, which seeds the dropout."""
+    """A micro-batch with its number, which seeds the dropout."""
 
-    rows: Batch
+    rows: TrainBatch
     micro: int
 
 
 class GlimpseTask:
-    """Glimpse token and predictor for a frozen engine; see `loop.Task`.
+    """Trains glimpse token and predictor of a frozen engine; see `loop.TrainTask`.
 
     Args:
-        begin: id of the token that the glimpse begins as.
-        token_rate: its share of the learning rate.
+        engine: the base model.
+        config: the configuration of the glimpse weights.
+        losses: the weights of the losses.
+        source: the training data.
+        dropout: dropout of the glimpse vectors.
+        seed: seed of parameters and dropout.
+        checkpointing: whether to recompute activations in the backward pass.
+        initial_token: id of the token with whose embedding the glimpse starts.
+        token_rate: learning rate of the glimpse token, as a share of the common rate.
 
     Attributes:
-        token, predictor: what is trained, in fp32.
+        token, predictor: the trained modules, in fp32.
     """
 
     def __init__(
         self,
         engine: Engine,
         config: GlimpseConfig,
-        losses: Losses,
-        source: Source,
+        losses: LossWeights,
+        source: ExampleSource,
         *,
         dropout: float,
         seed: int,
         checkpointing: bool,
-        begin: int | None = None,
+        initial_token: int | None = None,
         token_rate: float = 1.0,
     ):
         self.engine, self.config, self.losses, self.source = engine, config, losses, source
@@ -120,8 +130,8 @@ class GlimpseTask:
         text = engine.config.text_config
         generator = torch.Generator().manual_seed(seed)
         embedding = engine.decoder.embed_tokens.weight
-        start = None if begin is None else embedding[begin].detach().float().cpu()
-        self.token = GlimpseToken(text, config.le_layers, generator, start)
+        initial = None if initial_token is None else embedding[initial_token].detach().float().cpu()
+        self.token = GlimpseToken(text, config.le_layers, generator, initial)
         self.predictor = Predictor(engine.config, config, TORCH)
         _initialise(self.predictor, generator)
         self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
@@ -131,12 +141,12 @@ class GlimpseTask:
             self.predictor.requires_grad_(False)
 
     def batch(self, micro: int) -> GlimpseBatch:
-        """Pictures and their questions."""
+        """The micro-batch of this number, from the source."""
         examples = self.source.examples(micro)
         return GlimpseBatch(collate(examples, self.engine.processor, probes=True), micro)
 
     def loss(self, batch: GlimpseBatch) -> tuple[Tensor, dict[str, float]]:
-        """Dice, BCE and cross entropy, weighted."""
+        """The weighted sum of dice, BCE and cross entropy."""
         rows = batch.rows.to(self.engine.device, self.engine.dtype)
         with torch.no_grad():
             tapped = self.config.selected_visual_layers
@@ -151,31 +161,39 @@ class GlimpseTask:
             total = total + self.losses.dice * dice + self.losses.bce * bce
             figures |= {"dice": float(dice.detach()), "bce": float(bce.detach()), **found}
         if self.losses.lm:
-            said, exact = read_answers(self.engine.decoder, hidden, rows)
-            total = total + self.losses.lm * said
-            figures |= {"lm": float(said.detach()), "exact": float(exact.float().mean())}
+            lm, exact = answer_loss(self.engine.decoder, hidden, rows)
+            total = total + self.losses.lm * lm
+            figures |= {"lm": float(lm.detach()), "exact": float(exact.float().mean())}
         return total, figures
 
-    def _layers(self, rows: Batch, visual: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw glimpse logits [B · n, N / B, HQ], and the last hidden state where it is needed."""
+    def _layers(self, rows: TrainBatch, visual: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw glimpse logits [B · n, N / B, HQ] and the hidden state of the last layer that ran."""
         decoder, text = self.engine.decoder, self.engine.config.text_config
         with torch.no_grad():
             hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
             hidden[rows.probe_rows] = 0
         rope, probes = mrope(rows.positions, text), rows.probe_rows
         read = self.config.selected_layers[0]
-        keys = Keys(read)
-        for layer in range(text.num_hidden_layers if self.losses.lm else read + 1):
-            hidden = hidden.index_add(0, probes, vectors[layer].expand(len(probes), -1))
-            if layer == read:
-                q = decoder.layers[layer].query(hidden[probes], rope[probes])
-            hidden = run_layer(decoder, layer, hidden, rope, rows.layout, self.checkpointing, keys)
-        # Visual tokens do not depend on the glimpse: no gradient passes through their keys.
+        keys, depth = KeptKeys(read), text.num_hidden_layers if self.losses.lm else read + 1
+        saves = self.checkpointing and torch.is_grad_enabled()
+        hidden, inputs = run_layers(
+            decoder,
+            hidden,
+            rope,
+            keys,
+            rows.layout,
+            range(depth),
+            probe=Probe(vectors, probes),
+            capture=(read,),
+            call=recomputed if saves else run_block,
+        )
+        q = decoder.layers[read].query(inputs[read][probes], rope[probes])
+        # Visual tokens do not depend on the glimpse, so that their keys have no gradient.
         k = keys.k[rows.visual_rows].detach()
         return visual_logits(q, k, rows.layout.pictures), hidden
 
-    def _importance(self, rows: Batch, glimpse_logits: Tensor, taps: Tensor) -> Tensor:
-        """[B · n, N / B]: every question has its own copy of its picture's features."""
+    def _importance(self, rows: TrainBatch, glimpse_logits: Tensor, taps: Tensor) -> Tensor:
+        """Importance [B · n, N / B]; the vision features of a picture are repeated per question."""
         questions, pictures = rows.layout.branches, rows.layout.pictures
         each = taps.unflatten(1, (pictures, -1)).repeat_interleave(questions, dim=1).flatten(1, 2)
         grids = [grid for grid in rows.grids for _ in range(questions)]
@@ -184,8 +202,8 @@ class GlimpseTask:
         return self.predictor(logits, each.float(), grids, [tokens] * count).view(count, tokens)
 
     def glimpse(self) -> Glimpse:
-        """What has been trained so far, as the engine uses it."""
-        glimpse = Glimpse(self.engine.config, self.config, self.engine.ops)
+        """The current weights as a module of the engine."""
+        glimpse = Glimpse(self.engine.config, self.config, self.engine.model.ops)
         glimpse.predictor.load_state_dict(self.predictor.state_dict())
         glimpse.vectors = nn.Parameter(self.token().detach())
         return glimpse.requires_grad_(False).to(self.engine.device, self.engine.dtype)
@@ -193,21 +211,11 @@ class GlimpseTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Retention, box recall and accuracy of pruned answers on held-out examples."""
-        glimpse = self.glimpse()
-        engine = Engine(
-            self.engine.name,
-            self.engine.config,
-            self.engine.vision,
-            self.engine.decoder,
-            glimpse,
-            self.engine.processor,
-            self.engine.eos_token_id,
-            self.engine.ops,
-        )
-        return figures(engine, self.source.heldout())
+        model = replace(self.engine.model, glimpse=self.glimpse())
+        return score_examples(Engine(model, self.engine.processor), self.source.heldout())
 
     def save(self, folder: Path) -> None:
-        """The weights in both layouts, in a folder `glimpse`.
+        """Writes the weights to a folder `glimpse`, in both layouts.
 
         Raises:
             NanoglimpseError: a file cannot be written.
@@ -223,7 +231,7 @@ class GlimpseTask:
 
 
 def _initialise(predictor: Predictor, generator: torch.Generator) -> None:
-    """Xavier weights and no bias; without blocks, the mean over heads."""
+    """Xavier weights and zero biases; a predictor without blocks starts as the mean over heads."""
     for parameter in predictor.parameters():
         if parameter.ndim == 1:
             continue
@@ -240,15 +248,16 @@ def _initialise(predictor: Predictor, generator: torch.Generator) -> None:
 def location_loss(
     importance: Tensor, evidence: Tensor, located: Tensor
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Dice and BCE, each the mean over questions that have evidence (official train_qwen_gp.py).
+    """Dice and BCE, each a mean over the questions with evidence (official train_qwen_gp.py).
 
     Args:
         importance: [Q, N], logits.
         evidence: bool [Q, N].
-        located: bool [Q]; questions without evidence, "is there … ?" answered no, do not count.
+        located: bool [Q]; a question like "is there … ?" has no evidence if the answer is no, and
+            then does not count.
 
     Returns:
-        both losses, and the recall and the retention of a threshold of one half.
+        Both losses, and the recall and the retention at a threshold of one half.
     """
     counted = located.float() / located.sum().clamp_min(1)
     p, g = importance.sigmoid(), evidence.float()
@@ -264,7 +273,7 @@ def location_loss(
 
 
 def glimpse_json(base: dict, config: GlimpseConfig, dropout: float) -> dict:
-    """Content of the config.json beside published glimpse weights."""
+    """The content of config.json for glimpse weights in the published layout."""
     return {
         **base,
         "architectures": ["Qwen2_5_VL_GP_ForConditionalGeneration"],

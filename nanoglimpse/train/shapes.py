@@ -1,4 +1,4 @@
-"""The shape of the embedded model, as config.json states it."""
+"""The shape of nano, the embedded model, in the form of config.json."""
 
 NANO = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -10,7 +10,7 @@ NANO = {
     "num_key_value_heads": 2,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    # With heads of 32 and the released theta of 10⁶ the last frequencies would hardly turn.
+    # At head size 32 and the released theta of 10⁶ the lowest frequencies would hardly rotate.
     "rope_theta": 1000.0,
     "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
     "max_position_embeddings": 4096,

@@ -1,15 +1,15 @@
-"""A tokenizer for the world: byte-level BPE as Qwen's, with its control tokens, but no merges.
+"""A tokenizer for the world: Qwen's byte-level BPE and control tokens, but without merges.
 
-A word of the world's phrases is a token, any other is spelled byte by byte. Merges would cut names
-into pieces that differ from name to name (" m", "el", "on"), and a model that has to read names it
-has never seen would have to learn each piece as a picture and as an answer.
+The words of the world's phrases are tokens, and any other word is spelled byte by byte. Merges
+would split names into pieces that differ from name to name (" m", "el", "on"), and a model that has
+to read new names would have to learn every piece both as print and as output.
 """
 
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-# Qwen2's split: contractions, words with a leading space, single digits, punctuation, white space.
+# Qwen2's pattern: contractions, words with a leading space, single digits, punctuation, spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,14 +38,14 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer of single bytes and the words of `texts`; the control tokens are the last."""
+    """A tokenizer of single bytes, the words of `texts` and, as its last ids, control tokens."""
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     pieces = {piece for text in texts for piece, _ in split.pre_tokenize_str(text)}
     words = sorted(
         as_bytes.pre_tokenize_str(piece)[0][0]
         for piece in pieces
-        if len(piece) > 1 and not piece.isupper()  # a code in capitals is no word
+        if len(piece) > 1 and not piece.isupper()  # codes are in capitals and have to be spelled
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(alphabet + words)}
@@ -57,9 +57,9 @@ def make_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def tokenizer_config() -> dict:
-    """Content of tokenizer_config.json, the chat template included."""
+    """The content of tokenizer_config.json, including the chat template."""
     return {
-        # transformers' Qwen2Tokenizer would make its own of the vocabulary, and merge.
+        # transformers' Qwen2Tokenizer would rebuild the tokenizer with merges.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "bos_token": None,

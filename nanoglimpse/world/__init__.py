@@ -1,11 +1,13 @@
-"""A synthetic world for grounded question answering: pictures, questions and where to look.
+"""A synthetic world for grounded question answering: pictures, questions and their evidence.
 
-Scenes of coloured shapes, receipts and forms, and bar charts, drawn with Pillow alone and the same
-for the same seed and index on every machine. Seeds below one million are for training, the next
-million is held out, and the third has larger pictures, pairs and words that training never shows.
+The world has scenes of coloured shapes, receipts and forms, and bar charts. Pillow alone draws
+them, and equal seeds and indices give equal pictures on every machine. Seeds below one million are
+for training and the next million is held out; the third million, the transfer split, has larger
+pictures, and colour and shape pairs and words that training never shows.
 """
 
-from .model import (
+from nanoglimpse.world.render import render
+from nanoglimpse.world.types import (
     BRIEF_SUFFIX,
     COLOURS,
     DOMAINS,
@@ -15,13 +17,12 @@ from .model import (
     SHAPES,
     SPLITS,
     Box,
-    Item,
     Picture,
     Question,
+    Thing,
     split_of,
 )
-from .names import NAMES, TRANSFER_NAMES
-from .picture import render
+from nanoglimpse.world.words import NAMES, TRANSFER_NAMES
 
 __all__ = [
     "BRIEF_SUFFIX",
@@ -35,9 +36,9 @@ __all__ = [
     "SPLITS",
     "TRANSFER_NAMES",
     "Box",
-    "Item",
     "Picture",
     "Question",
+    "Thing",
     "render",
     "split_of",
 ]

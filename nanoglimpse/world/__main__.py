@@ -1,12 +1,11 @@
-"""Command line: `python -m nanoglimpse.world --count 24 --out folder`.
+"""Command line: `nanoglimpse world --count 24 --out folder`.
 
-Writes the pictures, their questions in two layouts, and a contact sheet to look at.
+Writes pictures, their questions in two layouts, and a contact sheet.
 """
 
 import argparse
 import io
 import json
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,48 +13,44 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import NanoglimpseError, UsageError
-from ..files import write_whole
-from ..generate import Parser
-from .model import DOMAINS, QUESTION_KINDS, SPLITS, Box, Picture, Question
-from .picture import render
+from nanoglimpse.cli import console
+from nanoglimpse.cli.console import Parser, Progress, adder
+from nanoglimpse.errors import UsageError
+from nanoglimpse.files import write_whole
+from nanoglimpse.world.canvas import bounding_box
+from nanoglimpse.world.render import render
+from nanoglimpse.world.types import DOMAINS, QUESTION_KINDS, REQUEST, SPLITS, Picture, Question
 
-LEAST_SIDE = 168
+MIN_SIDE = 168
 SHEET_LIMIT, SHEET_COLUMNS, SHEET_QUESTIONS = 48, 4, 4
 THUMB, MARGIN, LINE, WRAP = 340, 12, 15, 54
 OUTLINES = ((230, 0, 120), (0, 160, 160), (200, 110, 0), (60, 60, 230))
-REQUEST = (
-    " Please provide the bounding box coordinate of the region that can help you answer the "
-    "question better."
-)
 
 
 def parser() -> Parser:
-    """All options, each with its default."""
+    """The parser of the command line."""
     p = Parser(
-        prog="python -m nanoglimpse.world",
+        prog="nanoglimpse world",
         description="Draw pictures with questions, answers and the boxes that hold the evidence: "
         "PNG files, questions.jsonl, viscot.json (the Visual-CoT layout) and sheet.png.",
+        quiet=True,
     )
-    p.add_argument("--out", required=True, metavar="FOLDER", help="where to write")
-    p.add_argument("--count", type=_positive, default=24, help="of pictures (default: 24)")
-    seed = p.add_mutually_exclusive_group()
-    seed.add_argument("--seed", type=int, help="of the pictures (default: the split's first)")
-    seed.add_argument("--split", choices=SPLITS, default="heldout", help="(default: heldout)")
-    p.add_argument("--domain", choices=DOMAINS, help="(default: all)")
-    p.add_argument("--canvas", type=_canvas, help="448 or 448x336 (default: various)")
-    kinds = [kind for domain in DOMAINS for kind in QUESTION_KINDS[domain]]
-    p.add_argument("--kinds", nargs="+", choices=kinds, help="of question (default: all)")
-    p.add_argument(
-        "--questions", type=_positive, metavar="N", help="per picture at most (default: all)"
-    )
-    p.add_argument("--quiet", action="store_true", help="no progress")
+    add = adder(p)
+    add("--out", str, "folder to write to", required=True, metavar="FOLDER")
+    add("--count", 24, "number of pictures", type=_positive)
+    seed = adder(p.add_mutually_exclusive_group())
+    seed("--seed", int, "seed of the pictures", "the split's first")
+    seed("--split", "heldout", "split", choices=SPLITS)
+    add("--domain", str, "draw this domain only", "all", DOMAINS)
+    add("--canvas", str, "size in pixels, as 448 or 448x336", "various", type=_canvas)
+    add("--kinds", str, "kinds of questions", "all", sum(QUESTION_KINDS.values(), ()), nargs="+")
+    add("--questions", int, "limit per picture", "no limit", type=_positive, metavar="N")
     return p
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return int(text)
 
 
@@ -63,35 +58,30 @@ def _canvas(text: str) -> tuple[int, int]:
     """Width and height from "448" or "448x336"."""
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"{text} is not like 448 or 448x336")
+        raise argparse.ArgumentTypeError(f"must look like 448 or 448x336, got {text}")
     width, height = int(sides[0]), int(sides[-1])
-    if min(width, height) < LEAST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text}: a side has {LEAST_SIDE} pixels at least")
+    if min(width, height) < MIN_SIDE:
+        raise argparse.ArgumentTypeError(f"sides must be at least {MIN_SIDE} pixels, got {text}")
     return width, height
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; its exit code: 2 for misuse, 1 for failure, 130 if stopped."""
-    args = parser().parse_args(arguments)
-    try:
-        return run(args)
-    except NanoglimpseError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"nanoglimpse: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code (`console.run`)."""
+    return console.run(run, parser(), arguments)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes everything. Raises what `main` turns into lines."""
+    """Draws the pictures and writes all files.
+
+    Raises:
+        NanoglimpseError: an option makes no sense, or a file cannot be written.
+    """
     out, seed = Path(args.out), args.seed
     if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out takes a folder")
-    pictures, plain, viscot = [], [], []
+        raise UsageError(f"--out must be a folder, but {out} is a file")
+    pictures: list[Picture] = []
+    plain, viscot = [], []
+    show = Progress(f"{args.out}: pictures", args.quiet)
     for index in range(args.count):
         picture = render(
             SPLITS[args.split].start if seed is None else seed,
@@ -102,24 +92,18 @@ def run(args: argparse.Namespace) -> int:
         if args.kinds:
             own = tuple(q for q in picture.questions if q.kind in args.kinds)
             picture = replace(picture, questions=own)
-        name, asked = file_name(picture), picture.questions[: args.questions]
+        name, questions = file_name(picture), picture.questions[: args.questions]
         write_whole(out / name, _png(picture.image))
-        plain += [plain_record(picture, question) for question in asked]
-        viscot += [viscot_record(picture, question) for question in asked if question.boxes]
+        plain += [plain_record(picture, question) for question in questions]
+        viscot += [viscot_record(picture, question) for question in questions if question.boxes]
         pictures = [*pictures, picture][:SHEET_LIMIT]
-        _progress(args, index + 1)
+        show(index + 1, args.count)
     lines = "".join(json.dumps(record) + "\n" for record in plain)
     write_whole(out / "questions.jsonl", lines.encode())
     numbered = [{"question_id": number, **record} for number, record in enumerate(viscot)]
     write_whole(out / "viscot.json", json.dumps(numbered, indent=1).encode())
     write_whole(out / "sheet.png", _png(contact_sheet(pictures, args.questions)))
     return 0
-
-
-def _progress(args: argparse.Namespace, done: int) -> None:
-    if not args.quiet:
-        end = "\n" if done == args.count else ""
-        print(f"\r{args.out}: {done} of {args.count} pictures", end=end, file=sys.stderr)
 
 
 def _png(image: Image.Image) -> bytes:
@@ -129,7 +113,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def file_name(picture: Picture) -> str:
-    """What a picture's file is called."""
+    """The file name of a picture."""
     return f"{picture.domain}_{picture.index:06d}.png"
 
 
@@ -149,8 +133,8 @@ def plain_record(picture: Picture, question: Question) -> dict:
 
 
 def viscot_record(picture: Picture, question: Question) -> dict:
-    """An entry of viscot.json, less its number: one box around all of the evidence."""
-    box, name = _union(question.boxes), file_name(picture)
+    """An entry of viscot.json without its number; one box surrounds all of the evidence."""
+    box, name = bounding_box(question.boxes), file_name(picture)
     pixels = [round(share * picture.image.size[axis % 2]) for axis, share in enumerate(box)]
     turns = (
         ("human", f"<image>\n{question.text}{REQUEST}"),
@@ -162,17 +146,12 @@ def viscot_record(picture: Picture, question: Question) -> dict:
         "dataset": f"world_{picture.domain}",
         "split": "test",
         "image": [name, f"{name}###[{','.join(map(str, pixels))}]"],
-        "conversations": [{"from": who, "value": said} for who, said in turns],
+        "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
     }
 
 
-def _union(boxes: Sequence[Box]) -> Box:
-    x0, y0, x1, y1 = zip(*boxes, strict=True)
-    return min(x0), min(y0), max(x1), max(y1)
-
-
 def contact_sheet(pictures: Sequence[Picture], limit: int | None = None) -> Image.Image:
-    """Small pictures with their first questions beneath, evidence outlined in the same colour."""
+    """Small pictures above their first questions; the evidence is outlined in the text's colour."""
     cards = [_card(picture, limit) for picture in pictures]
     columns = min(SHEET_COLUMNS, len(cards))
     rows = [cards[at : at + columns] for at in range(0, len(cards), columns)]
@@ -188,19 +167,19 @@ def contact_sheet(pictures: Sequence[Picture], limit: int | None = None) -> Imag
 
 def _card(picture: Picture, limit: int | None) -> Image.Image:
     """One picture of the sheet."""
-    asked = picture.questions[: min(limit or SHEET_QUESTIONS, SHEET_QUESTIONS)]
+    questions = picture.questions[: min(limit or SHEET_QUESTIONS, SHEET_QUESTIONS)]
     scale = THUMB / max(picture.image.size)
     size = tuple(round(side * scale) for side in picture.image.size)
     thumb = picture.image.resize(size, Image.Resampling.LANCZOS)
     lines = [
         (line, colour)
-        for question, colour in zip(asked, OUTLINES, strict=False)
+        for question, colour in zip(questions, OUTLINES, strict=False)
         for line in textwrap.wrap(f"{question.text}  {question.answer}", WRAP)
     ]
     card = Image.new("RGB", (THUMB, thumb.height + 4 + LINE * len(lines)), "white")
     card.paste(thumb)
     draw = ImageDraw.Draw(card)
-    for question, colour in zip(asked, OUTLINES, strict=False):
+    for question, colour in zip(questions, OUTLINES, strict=False):
         for box in question.boxes:
             draw.rectangle([at * size[axis % 2] for axis, at in enumerate(box)], None, colour, 2)
     for number, (line, colour) in enumerate(lines):

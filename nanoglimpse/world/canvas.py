@@ -1,17 +1,19 @@
-"""Paint that the domains share: textures, clutter and text. All of it runs inside Pillow."""
+"""Drawing primitives that the domains share: textures, clutter and text, all in Pillow."""
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .model import Box
+from nanoglimpse.world.types import Box
 
 Colour = tuple[int, int, int]
 Pixels = tuple[int, int, int, int]
+Bounds = TypeVar("Bounds", Pixels, Box)
 
 TEXTURES, SIDE = 64, 512
 BLACK, WHITE = (16, 16, 18), (250, 250, 250)
@@ -30,7 +32,7 @@ INK = {name: BLACK if name in ("yellow", "orange", "white") else WHITE for name 
 
 @dataclass(frozen=True)
 class Stamp:
-    """Text as a mask without margins, and where it begins as seen from the baseline's start."""
+    """Text as a mask without margins, with the mask's offset from the start of the baseline."""
 
     mask: Image.Image
     left: int
@@ -39,7 +41,7 @@ class Stamp:
 
 @lru_cache(maxsize=4096)
 def stamp(text: str, size: int, bold: bool = False) -> Stamp:
-    """The text in Pillow's built-in font; its bold is the text struck twice."""
+    """Renders text in Pillow's built-in font, which has no bold: bold text is drawn twice."""
     font = _font(size)
     box = font.getbbox(text, anchor="ls")
     x0, y0, x1, y1 = math.floor(box[0]), math.floor(box[1]), math.ceil(box[2]), math.ceil(box[3])
@@ -58,13 +60,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def width_of(text: str, size: int, bold: bool = False) -> int:
-    """How wide the text's ink is."""
+    """The width of the text's ink in pixels."""
     return stamp(text, size, bold).mask.width
 
 
 @lru_cache(maxsize=4096)
 def edges(text: str) -> tuple[float, ...]:
-    """Where each character begins, and the last one ends, as shares of the text's width."""
+    """The left edge of each character and the end of the last, as shares of the text's width."""
     whole = _font(32).getlength(text)
     return tuple(_font(32).getlength(text[:count]) / whole for count in range(len(text) + 1))
 
@@ -82,13 +84,14 @@ def write(
     """Prints one line of text.
 
     Args:
-        image: where to.
-        place: x of the ink's left edge, middle or right edge, and y of the baseline.
-        text: what to print.
-        size: of the font in pixels.
-        ink: the colour.
-        bold: whether to strike twice.
-        align: 0 for the left edge at x, 0.5 for the middle, 1 for the right edge.
+        image: the image to print on.
+        place: x of the point that `align` selects, and y of the baseline.
+        text: the text.
+        size: font size in pixels.
+        ink: colour of the text.
+        bold: whether to print bold.
+        align: the point of the ink that lies at x: 0 its left edge, 0.5 its middle, 1 its right
+            edge.
 
     Returns:
         The box of the ink.
@@ -100,27 +103,27 @@ def write(
     return x, y, x + printed.mask.width, y + printed.mask.height
 
 
-def hull(boxes: Sequence[Pixels], pad: int = 0) -> Pixels:
-    """The smallest box around all of them, wider by `pad` on every side."""
+def bounding_box(boxes: Sequence[Bounds], pad: int = 0) -> Bounds:
+    """The smallest box around all boxes, enlarged by `pad` on every side."""
     x0, y0, x1, y1 = zip(*boxes, strict=True)
     return min(x0) - pad, min(y0) - pad, max(x1) + pad, max(y1) + pad
 
 
-def normal(box: Pixels, canvas: tuple[int, int]) -> Box:
-    """A box of pixels as shares of the canvas, cut at its edges."""
+def normalised(box: Pixels, canvas: tuple[int, int]) -> Box:
+    """A box in pixels as shares of the canvas, clipped at its edges."""
     shares = [at / canvas[axis % 2] for axis, at in enumerate(box)]
     x0, y0, x1, y1 = (min(max(share, 0.0), 1.0) for share in shares)
     return x0, y0, x1, y1
 
 
 def shade(rng: random.Random, level: int, chroma: int) -> Colour:
-    """A colour near a grey level; `chroma` is how far a channel may stray from it."""
+    """A random colour whose channels differ from a grey level by at most `chroma`."""
     red, green, blue = (min(max(level + rng.randint(-chroma, chroma), 0), 255) for _ in "rgb")
     return red, green, blue
 
 
-def near(rng: random.Random, colour: Colour, by: int = 6) -> Colour:
-    """The colour or one hardly different."""
+def jitter(rng: random.Random, colour: Colour, by: int = 6) -> Colour:
+    """A random colour whose channels differ from those of `colour` by at most `by`."""
     red, green, blue = (min(max(channel + rng.randint(-by, by), 0), 255) for channel in colour)
     return red, green, blue
 
@@ -131,11 +134,11 @@ def background(
     """A textured area.
 
     Args:
-        rng: chooses the texture, its cut and its tint.
+        rng: chooses the texture, its crop and its tint.
         size: width and height.
         level: the middle grey level.
-        spread: how far the texture goes below and above it.
-        chroma: how much colour it may have.
+        spread: the distance of the darkest and the lightest grey from that level.
+        chroma: the largest shift of a colour channel.
     """
     grey = _texture(rng.randrange(TEXTURES))
     if rng.random() < 0.5:
@@ -153,7 +156,7 @@ def background(
 
 @lru_cache(maxsize=TEXTURES)
 def _texture(number: int) -> Image.Image:
-    """One of the grey textures that every process makes alike."""
+    """One of the grey textures, which are the same in every process."""
     rng = random.Random(f"texture {number}")
     make = (_clouds, _stripes, _gradient, _speckle)[number % 4]
     return ImageOps.autocontrast(make(rng), cutoff=1)
@@ -173,7 +176,7 @@ def _clouds(rng: random.Random) -> Image.Image:
 
 
 def _stripes(rng: random.Random) -> Image.Image:
-    """Bands of random greys and widths at a random angle, clouded."""
+    """Bands of random greys at a random angle, blended with clouds."""
     bands = Image.frombytes("L", (count := rng.randint(6, 40), 1), rng.randbytes(count))
     smooth = rng.choice((Image.Resampling.NEAREST, Image.Resampling.BICUBIC))
     wide = SIDE * 3 // 2
@@ -183,14 +186,14 @@ def _stripes(rng: random.Random) -> Image.Image:
 
 
 def _gradient(rng: random.Random) -> Image.Image:
-    """From dark to light along a line or from a middle, clouded."""
+    """A linear or radial gradient, blended with clouds."""
     make = rng.choice((Image.linear_gradient, Image.radial_gradient))
     grey = make("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return Image.blend(grey, _clouds(rng), rng.uniform(0.2, 0.5))
 
 
 def _speckle(rng: random.Random) -> Image.Image:
-    """Sparse dark and light grains on clouds."""
+    """Sparse dark and light grains, blended with clouds."""
     few = rng.randint(6, 30)
     grains = _noise(rng, rng.randint(90, 200)).point(
         [0 if v < few else 255 if v > 255 - few else 128 for v in range(256)]
@@ -199,7 +202,7 @@ def _speckle(rng: random.Random) -> Image.Image:
 
 
 def clutter(rng: random.Random, image: Image.Image, count: int) -> None:
-    """Things that mean nothing: lines, arcs, dots, scribbles and letters in greys."""
+    """Draws distractors: grey lines, arcs, dots, scribbles and letters."""
     draw = ImageDraw.Draw(image)
     for _ in range(count):
         x, y = rng.randrange(image.width), rng.randrange(image.height)

@@ -1,11 +1,12 @@
-"""Bar charts: a name below each bar, its value above it or in its top."""
+"""Bar charts: the name is below each bar, and the value above it or inside its top."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .canvas import (
+from nanoglimpse.world.canvas import (
     BLACK,
     INK,
     RGB,
@@ -13,17 +14,18 @@ from .canvas import (
     Colour,
     Pixels,
     background,
-    hull,
-    near,
-    normal,
+    bounding_box,
+    jitter,
+    normalised,
     stamp,
     width_of,
     write,
 )
-from .model import COLOURS, Item, Plan, Question, some
+from nanoglimpse.world.types import COLOURS, DrawSpec, Question, Thing, sample_up_to
 
 SMALLEST, LARGEST, NARROW, WIDE, LETTERS = 16, 28, 44, 96, 6
-MARGIN = 0.08  # of the axis: by how much the highest and the lowest differ from the next
+# The highest and the lowest bar differ from the next one by at least this share of the axis.
+MARGIN = 0.08
 TITLES = ("Sales", "Stock", "Orders", "Visits", "Votes", "Weekly", "Monthly", "Survey", "Report")
 GROUPS = ("north", "south", "east", "west", "old", "new")
 CASES = (str.lower, str.capitalize, str.upper)
@@ -49,7 +51,7 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where the bars stand, in pixels, and how they look."""
+    """Position and style of the bars; lengths in pixels."""
 
     plot: Pixels
     column: float
@@ -61,41 +63,41 @@ class _Frame:
     inside: bool
 
 
-def draw(rng: random.Random, plan: Plan) -> tuple[Image.Image, tuple[Item, ...]]:
-    """A chart and its bars; fewer than asked for where no more fit."""
+def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, ...]]:
+    """Draws a chart; it has fewer bars than specified where no more fit."""
     dark = rng.random() < 0.25
     level = rng.randint(45, 62) if dark else rng.randint(218, 242)
-    image = background(rng, plan.canvas, level, rng.randint(2, 9), 8)
+    image = background(rng, spec.canvas, level, rng.randint(2, 9), 8)
     ink, faint = (WHITE, (110, 110, 112)) if dark else (BLACK, (185, 185, 188))
-    labels, values = _data(rng, plan)
-    frame = _frame(rng, plan, labels, values, (ink, faint))
+    labels, values = _data(rng, spec)
+    frame = _frame(rng, spec, labels, values, (ink, faint))
     _extras(rng, image, frame)
     colours = rng.choices(rng.sample(COLOURS, rng.choice((1, 3, 8))), k=len(values))
-    items = [
+    things = [
         _bar(rng, image, frame, place, row)
         for place, row in enumerate(zip(labels, values, colours, strict=True))
     ]
-    return image, tuple(items)
+    return image, tuple(things)
 
 
-def _data(rng: random.Random, plan: Plan) -> tuple[list[str], list[int]]:
-    """Labels as printed that fit side by side, and their values."""
-    room = plan.canvas[0] - 20
-    least, most = plan.things or (3, 8)
+def _data(rng: random.Random, spec: DrawSpec) -> tuple[list[str], list[int]]:
+    """Labels as printed, short enough to stand side by side, and their values."""
+    room = spec.canvas[0] - 20
+    least, most = spec.num_things or (3, 8)
     fit = max(1, room // NARROW)
     count = rng.randint(min(least, fit), min(most, fit))
     case = rng.choice(CASES if room / count > 72 else CASES[:1])
     names = [
         case(name)
-        for name in plan.names
+        for name in spec.names
         if len(name) <= LETTERS and width_of(case(name), SMALLEST) <= room / count - 5
     ]
-    labels = some(rng, names, count)
+    labels = sample_up_to(rng, names, count)
     return labels, _values(rng, len(labels))
 
 
 def _values(rng: random.Random, count: int) -> list[int]:
-    """Values of two digits whose highest and lowest stand out on an axis up to 100."""
+    """Two-digit values whose highest and lowest stand out on an axis up to 100."""
     while True:
         values = rng.sample(range(10, 100), count)
         order = sorted(values)
@@ -104,10 +106,14 @@ def _values(rng: random.Random, count: int) -> list[int]:
 
 
 def _frame(
-    rng: random.Random, plan: Plan, labels: list[str], values: list[int], inks: tuple[Colour, ...]
+    rng: random.Random,
+    spec: DrawSpec,
+    labels: list[str],
+    values: list[int],
+    inks: tuple[Colour, ...],
 ) -> _Frame:
     """A random layout with room for the title, the labels and the values."""
-    width, height = plan.canvas
+    width, height = spec.canvas
     font = rng.randint(SMALLEST, max(SMALLEST, min(LARGEST, height // 9)))
     left = rng.randint(10, 10 + width // 20)
     column = (width - left - 8) / len(labels)
@@ -123,7 +129,7 @@ def _frame(
 
 
 def _extras(rng: random.Random, image: Image.Image, frame: _Frame) -> None:
-    """Title, grid, axis, and on some charts a legend that says nothing about the bars."""
+    """Draws title, grid and axis, and on some charts a legend unrelated to the bars."""
     x0, y0, x1, y1 = frame.plot
     size = min(round(frame.font * rng.uniform(1.1, 1.5)), 24)
     title = write(image, (x0, size + 2), rng.choice(TITLES), size, frame.ink, bold=True)
@@ -140,7 +146,7 @@ def _extras(rng: random.Random, image: Image.Image, frame: _Frame) -> None:
 
 
 def _legend(rng: random.Random, image: Image.Image, frame: _Frame, x: int) -> None:
-    """Swatches with words beside the title, as many as there is room for."""
+    """Draws swatches with words beside the title until there is no more room."""
     size = max(frame.font - 2, 10)
     lines = ImageDraw.Draw(image)
     for word in rng.sample(GROUPS, rng.randint(2, 4)):
@@ -155,26 +161,26 @@ def _legend(rng: random.Random, image: Image.Image, frame: _Frame, x: int) -> No
 
 def _bar(
     rng: random.Random, image: Image.Image, frame: _Frame, place: int, row: tuple[str, int, str]
-) -> Item:
-    """One bar with its label and its value."""
+) -> Thing:
+    """Draws one bar with its label and its value."""
     label, value, colour = row
     x0, y0, _, y1 = frame.plot
     middle = x0 + (place + 0.5) * frame.column
     left = round(middle - frame.bar / 2)
     outline = (left, round(y1 - (y1 - y0) * value / frame.axis), left + frame.bar, y1)
-    image.paste(near(rng, RGB[colour]), outline)
+    image.paste(jitter(rng, RGB[colour]), outline)
     ImageDraw.Draw(image).rectangle((*outline[:2], outline[2] - 1, y1 - 1), None, frame.ink)
     below = y1 + 4 - stamp("h", frame.font).top
     name = write(image, (middle, below), label, frame.font, frame.ink, align=0.5)
     number = _number(image, frame, outline, str(value), colour)
-    boxes = tuple(normal(box, image.size) for box in (name, number))
-    whole = normal(hull([outline, name, number], 1), image.size)
+    boxes = tuple(normalised(box, image.size) for box in (name, number))
+    whole = normalised(bounding_box([outline, name, number], 1), image.size)
     texts = (label, str(value))
-    return Item(whole, "bar", colour, label.lower(), str(value), boxes, texts)
+    return Thing(whole, "bar", colour, label.lower(), str(value), boxes, texts)
 
 
 def _number(image: Image.Image, frame: _Frame, bar: Pixels, text: str, colour: str) -> Pixels:
-    """The value above the bar, or in its top where that is the chart's way and there is room."""
+    """Prints the value above the bar, or inside its top if the chart does so and it fits."""
     printed = stamp(text, frame.font).mask
     roomy = printed.width + 6 <= bar[2] - bar[0] and printed.height + 8 <= bar[3] - bar[1]
     if frame.inside and roomy:
@@ -184,14 +190,16 @@ def _number(image: Image.Image, frame: _Frame, bar: Pixels, text: str, colour: s
     return write(image, ((bar[0] + bar[2]) / 2, base), text, frame.font, ink, align=0.5)
 
 
-def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:
+def make_questions(
+    rng: random.Random, spec: DrawSpec, things: Sequence[Thing], per_kind: int
+) -> list[Question]:
     """Questions of every kind that the chart can answer."""
     questions = []
-    for bar in some(rng, items, per_kind):
+    for bar in sample_up_to(rng, things, per_kind):
         text = rng.choice(PHRASES["bar"]).format(bar.name)
         answer = f"The value of {bar.name} is {bar.value}."
         questions.append(Question(text, answer, bar.value, (bar.box,), "bar"))
-    order = sorted(items, key=lambda item: int(item.value))
+    order = sorted(things, key=lambda bar: int(bar.value))
     for kind, end, bar in (("largest", "highest", order[-1]), ("smallest", "lowest", order[0])):
         text, answer = rng.choice(PHRASES[kind]), f"The bar of {bar.name} is the {end}."
         questions.append(Question(text, answer, bar.name, (bar.box,), kind))

@@ -1,16 +1,25 @@
-"""Receipts and forms: printed rows of a name and a value on a sheet of paper."""
+"""Documents: receipts and forms with rows of a name and a value, printed on paper."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from .canvas import Colour, Pixels, background, hull, normal, shade, width_of, write
-from .model import Item, Plan, Question, some
+from nanoglimpse.world.canvas import (
+    Colour,
+    Pixels,
+    background,
+    bounding_box,
+    normalised,
+    shade,
+    width_of,
+    write,
+)
+from nanoglimpse.world.types import DrawSpec, Question, Thing, sample_up_to
 
 SMALLEST, LARGEST, TIGHT, LOOSE = 18, 36, 1.3, 2.1
-HEADER = 1.6  # rows that the header takes
+HEADER = 1.6  # height of the header in rows
 HEADERS = ("RECEIPT", "Invoice", "Order", "MARKET", "Shop", "Stock", "DELIVERY", "List", "STORE")
 NOTES = ("Thank you", "copy", "page one", "please keep", "no return", "paid in cash", "see below")
 CASES = (str.lower, str.upper, str.capitalize)
@@ -29,7 +38,7 @@ PHRASES = {
 
 @dataclass(frozen=True)
 class _Row:
-    """What a line says: the name in lower case, both as printed."""
+    """The text of a row: the name in lower case, and label and value as printed."""
 
     kind: str
     name: str
@@ -39,7 +48,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Style:
-    """How a document is set; lengths in pixels."""
+    """The layout of a document; lengths in pixels."""
 
     font: int
     pitch: float
@@ -52,31 +61,31 @@ class _Style:
     ruled: bool
 
 
-def draw(rng: random.Random, plan: Plan) -> tuple[Image.Image, tuple[Item, ...]]:
-    """A document and its rows; fewer than asked for where no more fit."""
-    image = background(rng, plan.canvas, rng.randint(60, 125), rng.randint(10, 30))
+def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, ...]]:
+    """Draws a document; it has fewer rows than specified where no more fit."""
+    image = background(rng, spec.canvas, rng.randint(60, 125), rng.randint(10, 30))
     sheet = _paper(rng, image)
-    rows = _rows(rng, plan, sheet)
+    rows = _rows(rng, spec, sheet)
     style = _style(rng, sheet, rows)
     _extras(rng, image, style, sheet, len(rows))
     return image, tuple(_print(image, style, place, row) for place, row in enumerate(rows))
 
 
 def _paper(rng: random.Random, image: Image.Image) -> Pixels:
-    """Lays the paper down; the area that may be printed on."""
+    """Draws the paper and returns its printable area."""
     x0, y0, x1, y1 = (round(side * rng.uniform(0.015, 0.06)) for side in image.size * 2)
     box = (x0, y0, image.width - x1, image.height - y1)
     size = (box[2] - box[0], box[3] - box[1])
     image.paste(background(rng, size, rng.randint(230, 244), rng.randint(2, 9), 7), box[:2])
-    return hull([box], -4 - min(image.size) // 60)
+    return bounding_box([box], -4 - min(image.size) // 60)
 
 
-def _rows(rng: random.Random, plan: Plan, sheet: Pixels) -> list[_Row]:
-    """The lines, on a receipt with the total below."""
+def _rows(rng: random.Random, spec: DrawSpec, sheet: Pixels) -> list[_Row]:
+    """Random rows; on a receipt the last one is the total."""
     receipt = rng.random() < 0.6
     fit = max(1, int((sheet[3] - sheet[1]) / (SMALLEST * TIGHT) - HEADER) - receipt)
-    least, most = plan.things or (6, 20)
-    names = some(rng, plan.names, rng.randint(min(least, fit), min(most, fit)))
+    least, most = spec.num_things or (6, 20)
+    names = sample_up_to(rng, spec.names, rng.randint(min(least, fit), min(most, fit)))
     case, (values, show) = rng.choice(CASES), _values(rng, len(names))
     mark = "" if receipt else rng.choice((":", ""))
     rows = [
@@ -89,7 +98,7 @@ def _rows(rng: random.Random, plan: Plan, sheet: Pixels) -> list[_Row]:
 
 
 def _values(rng: random.Random, count: int) -> tuple[list[int], Callable[[int], str]]:
-    """Different values, and how they are printed: all as integers or all with decimals."""
+    """Distinct values and their format: all are integers or all have decimals."""
     if rng.random() < 0.6:
         return rng.sample(range(10, rng.choice((100, 1000))), count), str
     steps = rng.sample(range(20, rng.choice((400, 2000))), count)
@@ -121,7 +130,7 @@ def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
 
 
 def _needed(rows: list[_Row], font: int, bold: bool) -> int:
-    """The least width of a block."""
+    """The smallest width of the block of rows."""
     labels = max(width_of(row.label, font, bold) for row in rows)
     return labels + max(width_of(row.value, font, True) for row in rows) + font
 
@@ -129,7 +138,7 @@ def _needed(rows: list[_Row], font: int, bold: bool) -> int:
 def _extras(
     rng: random.Random, image: Image.Image, style: _Style, sheet: Pixels, rows: int
 ) -> None:
-    """A header above the rows, and now and then a note below them."""
+    """Prints a header above the rows and on some documents a note below them."""
     size = min(round(style.font * rng.uniform(1.1, 1.4)), round(style.pitch * 1.2))
     middle = (style.left + style.right) / 2
     top = style.top - style.pitch * 0.5
@@ -140,8 +149,8 @@ def _extras(
         write(image, (middle, low), rng.choice(NOTES), note, (120, 120, 122), align=0.5)
 
 
-def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Item:
-    """One row: its baseline is near the foot of its share of the height."""
+def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Thing:
+    """Prints one row; its baseline is near the bottom of its share of the height."""
     base = style.top + (place + 0.75) * style.pitch
     bold = style.bold or row.kind == "total"
     label = write(image, (style.left, base), row.label, style.font, style.ink, bold=style.bold)
@@ -155,21 +164,23 @@ def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Item:
     if style.ruled or row.kind == "total":
         y = round(base - 0.75 * style.pitch) + (0 if row.kind == "total" else round(style.pitch))
         lines.line((style.left, y, style.right, y), (150, 150, 152))
-    boxes = tuple(normal(box, image.size) for box in (label, value))
-    whole = normal(hull([label, value], 2), image.size)
-    return Item(whole, row.kind, "", row.name, row.value, boxes, (row.label, row.value))
+    boxes = tuple(normalised(box, image.size) for box in (label, value))
+    whole = normalised(bounding_box([label, value], 2), image.size)
+    return Thing(whole, row.kind, "", row.name, row.value, boxes, (row.label, row.value))
 
 
-def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:
+def make_questions(
+    rng: random.Random, spec: DrawSpec, things: Sequence[Thing], per_kind: int
+) -> list[Question]:
     """Questions of every kind that the document can answer."""
-    rows = [item for item in items if item.kind == "row"]
-    totals = [item for item in items if item.kind == "total"]
+    rows = [thing for thing in things if thing.kind == "row"]
+    totals = [thing for thing in things if thing.kind == "total"]
     prices = PHRASES["value"] + PHRASES["price"] * len(totals)
     questions = []
-    for row in some(rng, rows, per_kind):
+    for row in sample_up_to(rng, rows, per_kind):
         text, answer = rng.choice(prices).format(row.name), f"The {row.name} is {row.value}."
         questions.append(Question(text, answer, row.value, (row.box,), "value"))
-    for row in some(rng, rows, per_kind):
+    for row in sample_up_to(rng, rows, per_kind):
         text, answer = rng.choice(PHRASES["item"]), f"The {row.name} costs {row.value}."
         questions.append(Question(text.format(row.value), answer, row.name, (row.box,), "item"))
     for row in totals:

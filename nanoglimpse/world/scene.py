@@ -1,21 +1,39 @@
-"""Coloured shapes with a number or a code on each, on a textured ground."""
+"""Scenes: coloured shapes on a textured background, each with a number or a code on it."""
 
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations, product
 from operator import itemgetter
 
 from PIL import Image, ImageDraw
 
-from .canvas import INK, RGB, Pixels, background, clutter, near, normal, stamp
-from .model import COLOURS, LEFT_OUT_PAIRS, SHAPES, Item, Plan, Question, some
+from nanoglimpse.world.canvas import (
+    INK,
+    RGB,
+    Pixels,
+    background,
+    clutter,
+    jitter,
+    normalised,
+    stamp,
+)
+from nanoglimpse.world.types import (
+    COLOURS,
+    LEFT_OUT_PAIRS,
+    SHAPES,
+    DrawSpec,
+    Question,
+    Thing,
+    sample_up_to,
+)
 
 Pair = tuple[str, str]
 
-# Text in a shape: width and height that it may take and where its middle is, as shares of the size.
-ROOM = {
+# Where text fits in a shape: its largest width and height and its middle, as shares of the size.
+TEXT_AREA = {
     "circle": (0.74, 0.46, 0.5),
     "square": (0.8, 0.6, 0.5),
     "triangle": (0.46, 0.38, 0.69),
@@ -25,7 +43,7 @@ ROOM = {
     "cross": (0.84, 0.4, 0.5),
 }
 SMALLEST_TEXT, LARGEST_FONT = 13, 48
-LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # I, O and Q are too much like digits
+LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"  # without I, O and Q, which look like digits
 GAP, APART, OVERSAMPLE = 6, 42, 3
 
 PHRASES = {
@@ -57,51 +75,54 @@ PHRASES = {
 }
 
 
-def draw(rng: random.Random, plan: Plan) -> tuple[Image.Image, tuple[Item, ...]]:
-    """A scene and its objects; fewer than asked for where no more fit."""
-    image = background(rng, plan.canvas, rng.randint(95, 160), rng.randint(10, 40))
-    cells = plan.canvas[0] * plan.canvas[1] / 28**2
+def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, ...]]:
+    """Draws a scene; it has fewer objects than specified where no more fit."""
+    image = background(rng, spec.canvas, rng.randint(95, 160), rng.randint(10, 40))
+    cells = spec.canvas[0] * spec.canvas[1] / 28**2
     clutter(rng, image, rng.randint(0, round(4 + cells / 20)))
     most = min(max(round(cells / 14), 2), 8)
-    count = rng.randint(*plan.things or (1 + most // 6, most))
-    pairs, used, items = _pairs(rng, plan), [], []
+    count = rng.randint(*spec.num_things or (1 + most // 6, most))
+    pairs, used, things = _pairs(rng, spec), [], []
     shadow = rng.random() < 0.4
-    for box in _places(rng, plan, count):
+    for box in _places(rng, spec, count):
         for pair in pairs:
             if text := _text(rng, pair[1], box[2] - box[0], used):
-                items.append(_object(rng, image, box, pair, text, shadow))
+                things.append(_object(rng, image, box, pair, text, shadow))
                 pairs.remove(pair)
                 break
-    return image, tuple(items)
+    return image, tuple(things)
 
 
-def _allowed(plan: Plan) -> list[Pair]:
+def _allowed(spec: DrawSpec) -> list[Pair]:
     pairs = product(COLOURS, SHAPES)
-    return [pair for pair in pairs if plan.transfer or pair not in LEFT_OUT_PAIRS]
+    return [pair for pair in pairs if spec.transfer or pair not in LEFT_OUT_PAIRS]
 
 
-def _pairs(rng: random.Random, plan: Plan) -> list[Pair]:
-    """All pairs that may be drawn; first come those of a few colours and shapes, to be alike."""
+def _pairs(rng: random.Random, spec: DrawSpec) -> list[Pair]:
+    """All pairs that may be drawn, in order of preference.
+
+    Pairs of a few colours and shapes come first, so that objects have some of them in common.
+    """
     colours = rng.sample(COLOURS, rng.randint(2, len(COLOURS)))
     shapes = rng.sample(SHAPES, rng.randint(2, len(SHAPES)))
-    first = rng.choice(LEFT_OUT_PAIRS) if plan.transfer else None
-    pairs = _allowed(plan)
+    first = rng.choice(LEFT_OUT_PAIRS) if spec.transfer else None
+    pairs = _allowed(spec)
     rng.shuffle(pairs)
     return sorted(
         pairs, key=lambda pair: (pair != first, pair[0] not in colours or pair[1] not in shapes)
     )
 
 
-def _places(rng: random.Random, plan: Plan, count: int) -> list[Pixels]:
-    """Where objects go; the largest are placed first, which leaves room for the others."""
-    width, height = plan.canvas
+def _places(rng: random.Random, spec: DrawSpec, count: int) -> list[Pixels]:
+    """Squares for the objects; the largest are placed first, while there is room for them."""
+    width, height = spec.canvas
     room = min(width, height) - 4
     fair = math.sqrt(0.5 * width * height / count) - GAP
-    least, most = plan.size or (40, round(max(min(110, room * 0.45, fair), 40)))
+    least, most = spec.size or (40, round(max(min(110, room * 0.45, fair), 40)))
     least, most = min(least, room), min(most, room)
     places: list[Pixels] = []
     for size in sorted((rng.randint(least, most) for _ in range(count)), reverse=True):
-        while size >= least and not (place := _free(rng, plan, size, places)):
+        while size >= least and not (place := _free(rng, spec, size, places)):
             size = size * 4 // 5
         if size >= least:
             places.append(place)
@@ -109,11 +130,11 @@ def _places(rng: random.Random, plan: Plan, count: int) -> list[Pixels]:
     return places
 
 
-def _free(rng: random.Random, plan: Plan, size: int, places: list[Pixels]) -> Pixels | None:
-    """A square that keeps away from the others, if one is found."""
+def _free(rng: random.Random, spec: DrawSpec, size: int, places: list[Pixels]) -> Pixels | None:
+    """A random square that keeps its distance from the others; None if 30 tries find none."""
     for _ in range(30):
-        x = rng.randint(2, plan.canvas[0] - size - 2)
-        y = rng.randint(2, plan.canvas[1] - size - 2)
+        x = rng.randint(2, spec.canvas[0] - size - 2)
+        y = rng.randint(2, spec.canvas[1] - size - 2)
         if all(
             x >= other[2] + GAP
             or other[0] >= x + size + GAP
@@ -126,8 +147,8 @@ def _free(rng: random.Random, plan: Plan, size: int, places: list[Pixels]) -> Pi
 
 
 def _text(rng: random.Random, shape: str, size: int, used: list[str]) -> str:
-    """A number or code that is readable on the shape, its digits not yet used; "" if none."""
-    room = size * ROOM[shape][0]
+    """A number or code that fits on the shape and whose digits are new; "" if none is found."""
+    room = size * TEXT_AREA[shape][0]
     for attempt in range(30):
         digits = str(rng.randint(1, 99 if attempt < 15 else 9))
         letter = rng.choice(LETTERS) if attempt < 15 and rng.random() < 0.3 else ""
@@ -139,8 +160,8 @@ def _text(rng: random.Random, shape: str, size: int, used: list[str]) -> str:
 
 
 def _font_for(shape: str, size: int) -> int:
-    """The smallest font allowed: its digits are SMALLEST_TEXT high, less on tiny shapes."""
-    height = min(SMALLEST_TEXT, ROOM[shape][1] * size)
+    """The smallest font allowed: digits of SMALLEST_TEXT pixels, or fewer on tiny shapes."""
+    height = min(SMALLEST_TEXT, TEXT_AREA[shape][1] * size)
     return max(8, round(height / _digit_height()))
 
 
@@ -151,27 +172,27 @@ def _digit_height() -> float:
 
 def _object(
     rng: random.Random, image: Image.Image, box: Pixels, pair: Pair, text: str, shadow: bool
-) -> Item:
+) -> Thing:
     """Draws one object and its text."""
     colour, shape = pair
     size = box[2] - box[0]
     mask = _mask(shape, size)
     if shadow:
         image.paste((30, 30, 32), (box[0] + 2, box[1] + 3), mask.point(lambda value: value // 2))
-    image.paste(near(rng, RGB[colour]), box[:2], mask)
+    image.paste(jitter(rng, RGB[colour]), box[:2], mask)
     printed = _fitted(rng, shape, size, text)
     x = (box[0] + box[2] - printed.width) // 2
-    y = round(box[1] + size * ROOM[shape][2] - printed.height / 2)
+    y = round(box[1] + size * TEXT_AREA[shape][2] - printed.height / 2)
     image.paste(INK[colour], (x, y), printed)
     where = (x, y, x + printed.width, y + printed.height)
-    boxes = (normal(where, image.size),)
-    return Item(normal(box, image.size), shape, colour, "", text, boxes, (text,))
+    boxes = (normalised(where, image.size),)
+    return Thing(normalised(box, image.size), shape, colour, "", text, boxes, (text,))
 
 
 def _fitted(rng: random.Random, shape: str, size: int, text: str) -> Image.Image:
-    """The text about as large as the shape has room for."""
+    """The text as a mask, about as large as fits on the shape."""
     sample = stamp(text, 100).mask
-    width, height, _ = ROOM[shape]
+    width, height, _ = TEXT_AREA[shape]
     most = int(min(100 * width / sample.width, 100 * height / sample.height) * size)
     font = max(_font_for(shape, size), min(round(most * rng.uniform(0.85, 1)), LARGEST_FONT))
     bold = stamp(text, font, rng.random() < 0.5).mask
@@ -180,7 +201,7 @@ def _fitted(rng: random.Random, shape: str, size: int, text: str) -> Image.Image
 
 @lru_cache(maxsize=1024)
 def _mask(shape: str, size: int) -> Image.Image:
-    """The shape as a mask that it fills from edge to edge."""
+    """The shape as a mask, which it touches on every side."""
     large = size * OVERSAMPLE
     mask = Image.new("L", (large, large))
     pen = ImageDraw.Draw(mask)
@@ -217,113 +238,121 @@ def _star() -> list[tuple[float, float]]:
     return [((x / wide + 1) / 2, (y + 1) / (low + 1)) for x, y in points]
 
 
-def ask(rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int) -> list[Question]:
+def make_questions(
+    rng: random.Random, spec: DrawSpec, things: Sequence[Thing], per_kind: int
+) -> list[Question]:
     """Questions of every kind that the scene can answer."""
-    questions = [_ask_number(rng, item, items) for item in some(rng, items, per_kind)]
+    questions = [
+        _number_question(rng, thing, things) for thing in sample_up_to(rng, things, per_kind)
+    ]
     questions += [
-        make(rng, item, items)
-        for make in (_ask_color, _ask_shape)
-        for item in some(rng, items, per_kind)
+        make(rng, thing, things)
+        for make in (_color_question, _shape_question)
+        for thing in sample_up_to(rng, things, per_kind)
     ]
-    questions += _ask_exists(rng, plan, items, per_kind)
-    questions += _ask_sides(rng, plan, items, per_kind)
+    questions += _existence_questions(rng, spec, things, per_kind)
+    questions += _comparison_questions(rng, spec, things, per_kind)
     return questions + [
-        _ask_count(rng, one, many, found) for one, many, found in _groups(rng, items)[:per_kind]
+        _count_question(rng, one, many, found)
+        for one, many, found in _groups(rng, things)[:per_kind]
     ]
 
 
-def thing(item: Item) -> str:
-    """The object by its colour and its shape, of which there is one."""
-    return f"{item.colour} {item.kind}"
+def _full_name(thing: Thing) -> str:
+    """Colour and shape, which no other object of the scene shares."""
+    return f"{thing.colour} {thing.kind}"
 
 
-def _called(rng: random.Random, item: Item, items: tuple[Item, ...]) -> str:
-    """What a question calls the object: by one of the two where that is enough, or by both."""
-    return rng.choice([thing(item), *_by_colour(item, items), *_by_shape(item, items)])
+def _called(rng: random.Random, thing: Thing, things: Sequence[Thing]) -> str:
+    """A random name of the object: by colour and shape, or by one of them if that is unique."""
+    return rng.choice([_full_name(thing), *_by_colour(thing, things), *_by_shape(thing, things)])
 
 
-def _by_colour(item: Item, items: tuple[Item, ...]) -> list[str]:
-    """The object by its colour alone, where it is the only one."""
-    alone = sum(other.colour == item.colour for other in items) == 1
-    return [f"{item.colour} object"] * alone
+def _by_colour(thing: Thing, things: Sequence[Thing]) -> list[str]:
+    """The name of the object by its colour, or nothing if others have the same colour."""
+    alone = sum(other.colour == thing.colour for other in things) == 1
+    return [f"{thing.colour} object"] * alone
 
 
-def _by_shape(item: Item, items: tuple[Item, ...]) -> list[str]:
-    """The object by its shape alone, where it is the only one."""
-    return [item.kind] * (sum(other.kind == item.kind for other in items) == 1)
+def _by_shape(thing: Thing, things: Sequence[Thing]) -> list[str]:
+    """The name of the object by its shape, or nothing if others have the same shape."""
+    return [thing.kind] * (sum(other.kind == thing.kind for other in things) == 1)
 
 
 def _a(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _noun(item: Item) -> str:
-    return "number" if item.value.isdigit() else "code"
+def _noun(thing: Thing) -> str:
+    return "number" if thing.value.isdigit() else "code"
 
 
-def _ask_number(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
-    phrase, name = rng.choice(PHRASES[_noun(item)] + PHRASES["text"]), _called(rng, item, items)
-    answer = f"The {_noun(item)} on the {name} is {item.value}."
-    return Question(phrase.format(name), answer, item.value, (item.box,), "number")
+def _number_question(rng: random.Random, thing: Thing, things: Sequence[Thing]) -> Question:
+    phrase, name = rng.choice(PHRASES[_noun(thing)] + PHRASES["text"]), _called(rng, thing, things)
+    answer = f"The {_noun(thing)} on the {name} is {thing.value}."
+    return Question(phrase.format(name), answer, thing.value, (thing.box,), "number")
 
 
-def _marked(rng: random.Random, item: Item, names: list[str]) -> tuple[str, str]:
-    """What a question and its answer call the object: by its text, or by the name it has."""
+def _marked(rng: random.Random, thing: Thing, names: list[str]) -> tuple[str, str]:
+    """The names of the object in a question and its answer: by its text, or one of `names`."""
     if names and rng.random() < 0.5:
         return names[0], names[0]
-    marks = (item.value, f"the {_noun(item)} {item.value}")
-    return f"object with {rng.choice(marks)}", f"object with {item.value}"
+    marks = (thing.value, f"the {_noun(thing)} {thing.value}")
+    return f"object with {rng.choice(marks)}", f"object with {thing.value}"
 
 
-def _ask_color(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
-    asked, called = _marked(rng, item, _by_shape(item, items))
-    answer = f"The {called} is {item.colour}."
-    text = rng.choice(PHRASES["color"]).format(asked)
-    return Question(text, answer, item.colour, (item.box,), "color")
+def _color_question(rng: random.Random, thing: Thing, things: Sequence[Thing]) -> Question:
+    in_question, in_answer = _marked(rng, thing, _by_shape(thing, things))
+    answer = f"The {in_answer} is {thing.colour}."
+    text = rng.choice(PHRASES["color"]).format(in_question)
+    return Question(text, answer, thing.colour, (thing.box,), "color")
 
 
-def _ask_shape(rng: random.Random, item: Item, items: tuple[Item, ...]) -> Question:
-    asked, called = _marked(rng, item, _by_colour(item, items))
-    answer = f"The {called} is {_a(item.kind)}."
-    text = rng.choice(PHRASES["shape"]).format(asked)
-    return Question(text, answer, item.kind, (item.box,), "shape")
+def _shape_question(rng: random.Random, thing: Thing, things: Sequence[Thing]) -> Question:
+    in_question, in_answer = _marked(rng, thing, _by_colour(thing, things))
+    answer = f"The {in_answer} is {_a(thing.kind)}."
+    text = rng.choice(PHRASES["shape"]).format(in_question)
+    return Question(text, answer, thing.kind, (thing.box,), "shape")
 
 
-def _ask_exists(
-    rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int
+def _existence_questions(
+    rng: random.Random, spec: DrawSpec, things: Sequence[Thing], per_kind: int
 ) -> list[Question]:
-    """About as many with yes as with no; no is asked of what is there in part, if it can be."""
-    count = min(per_kind, len(items))
+    """Questions with the answers yes and no, about equally often."""
+    count = min(per_kind, len(things))
     absent = sum(rng.random() < 0.5 for _ in range(count))
     questions = []
-    for item in some(rng, items, count - absent):
-        text = rng.choice(PHRASES["exists"]).format(_a(thing(item)))
-        answer = f"Yes, there is {_a(thing(item))}."
-        questions.append(Question(text, answer, "yes", (item.box,), "exists"))
-    for pair in _missing(rng, plan, items)[:absent]:
+    for thing in sample_up_to(rng, things, count - absent):
+        text = rng.choice(PHRASES["exists"]).format(_a(_full_name(thing)))
+        answer = f"Yes, there is {_a(_full_name(thing))}."
+        questions.append(Question(text, answer, "yes", (thing.box,), "exists"))
+    for pair in _missing(rng, spec, things)[:absent]:
         text = rng.choice(PHRASES["exists"]).format(_a(" ".join(pair)))
         answer = f"No, there is no {' '.join(pair)}."
         questions.append(Question(text, answer, "no", (), "exists"))
     return questions
 
 
-def _missing(rng: random.Random, plan: Plan, items: tuple[Item, ...]) -> list[Pair]:
-    """The pairs that are not there, those first of which the picture has more."""
-    there = [(item.colour, item.kind) for item in items]
+def _missing(rng: random.Random, spec: DrawSpec, things: Sequence[Thing]) -> list[Pair]:
+    """Pairs that the scene lacks; those whose colour or shape it has come first.
+
+    A question about a pair that has nothing in common with the scene would be too easy.
+    """
+    there = [(thing.colour, thing.kind) for thing in things]
     colours, shapes = [pair[0] for pair in there], [pair[1] for pair in there]
-    missing = [pair for pair in _allowed(plan) if pair not in there]
+    missing = [pair for pair in _allowed(spec) if pair not in there]
     rng.shuffle(missing)
     return sorted(missing, key=lambda pair: -((pair[0] in colours) + (pair[1] in shapes)))
 
 
-def _ask_sides(
-    rng: random.Random, plan: Plan, items: tuple[Item, ...], per_kind: int
+def _comparison_questions(
+    rng: random.Random, spec: DrawSpec, things: Sequence[Thing], per_kind: int
 ) -> list[Question]:
     """Comparisons of two objects that are clearly apart on the axis."""
     questions = []
     for axis, (kind, end) in enumerate((("left", "is further left"), ("above", "is higher up"))):
-        for first, second in some(rng, _apart(plan, items, axis), per_kind):
-            names = [_called(rng, item, items) for item in (first, second)]
+        for first, second in sample_up_to(rng, _apart(spec, things, axis), per_kind):
+            names = [_called(rng, thing, things) for thing in (first, second)]
             text = rng.choice(PHRASES[kind]).format(*rng.sample(names, 2))
             answer = f"The {names[0]} {end}."
             boxes = (first.box, second.box)
@@ -331,25 +360,25 @@ def _ask_sides(
     return questions
 
 
-def _apart(plan: Plan, items: tuple[Item, ...], axis: int) -> list[tuple[Item, Item]]:
-    """Pairs of objects of which the first one's centre is clearly before the second's."""
-    half = plan.canvas[axis] / 2
-    centres = [((item.box[axis] + item.box[axis + 2]) * half, item) for item in items]
+def _apart(spec: DrawSpec, things: Sequence[Thing], axis: int) -> list[tuple[Thing, Thing]]:
+    """Pairs of objects in which the first one's centre is clearly before the second one's."""
+    half = spec.canvas[axis] / 2
+    centres = [((thing.box[axis] + thing.box[axis + 2]) * half, thing) for thing in things]
     return [(a, b) for (x, a), (y, b) in permutations(centres, 2) if y - x >= APART]
 
 
-def _groups(rng: random.Random, items: tuple[Item, ...]) -> list[tuple[str, str, list[Item]]]:
-    """What can be counted: its name for one and for many, and the objects; five at most.
+def _groups(rng: random.Random, things: Sequence[Thing]) -> list[tuple[str, str, list[Thing]]]:
+    """Groups of one to five objects to count: singular, plural and the objects.
 
-    Groups of different sizes come first, since most groups are of one.
+    Most groups have a single object, so the order alternates between sizes.
     """
     groups = [
-        (f"{colour} object", f"{colour} objects", [i for i in items if i.colour == colour])
+        (f"{colour} object", f"{colour} objects", [i for i in things if i.colour == colour])
         for colour in COLOURS
     ]
     for shape in SHAPES:
         plural = shape + ("es" if shape.endswith("s") else "s")
-        groups.append((shape, plural, [item for item in items if item.kind == shape]))
+        groups.append((shape, plural, [thing for thing in things if thing.kind == shape]))
     rng.shuffle(groups)
     sizes, ranked = Counter(), []
     for group in groups:
@@ -360,8 +389,8 @@ def _groups(rng: random.Random, items: tuple[Item, ...]) -> list[tuple[str, str,
     return [group for _, group in sorted(ranked, key=itemgetter(0))]
 
 
-def _ask_count(rng: random.Random, one: str, many: str, found: list[Item]) -> Question:
-    count, boxes = len(found), tuple(item.box for item in found)
+def _count_question(rng: random.Random, one: str, many: str, found: list[Thing]) -> Question:
+    count, boxes = len(found), tuple(thing.box for thing in found)
     answer = f"There is 1 {one}." if count == 1 else f"There are {count} {many}."
     text = rng.choice(PHRASES["count"]).format(many)
     return Question(text, answer, str(count), boxes, "count")

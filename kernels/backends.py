@@ -1,0 +1,42 @@
+"""The backends by name: plain torch, torch with matrices packed for a CPU, and Triton."""
+
+from importlib.util import find_spec
+
+import torch
+
+from nanoglimpse.errors import UsageError
+from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.reference.table import CPU, TORCH
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def select(backend: str | Ops, device: torch.device) -> Ops:
+    """Returns the operations of a backend.
+
+    Args:
+        backend: "torch" for the references, "triton" for the kernels, "auto" for the fastest
+            operations that are known for the device, or an `Ops`, which is returned unchanged.
+        device: where the model runs. "triton" needs a GPU, or Triton's interpreter
+            (TRITON_INTERPRET=1), which is slow and meant for tests.
+
+    Raises:
+        UsageError: the name is unknown, or the backend does not run here.
+    """
+    if isinstance(backend, Ops):
+        return backend
+    if backend not in BACKENDS:
+        raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got '{backend}'")
+    if backend == "auto":
+        # Not Triton on a GPU: its kernels have been checked and compiled, but not timed on one.
+        return CPU if device.type == "cpu" else TORCH
+    if backend == "torch":
+        return TORCH
+    if find_spec("triton") is None:
+        raise UsageError("backend triton needs triton, which is not installed; use backend torch")
+    # Imported here because importing it imports Triton, which only a model that uses it needs.
+    from nanoglimpse.kernels.triton_ops.registry import TRITON, runs_on
+
+    if not runs_on(device):
+        raise UsageError(f"backend triton does not run on {device.type}; use backend torch")
+    return TRITON

@@ -1,0 +1,61 @@
+"""Helpers shared by the launchers: which tensors have a kernel, tile sizes, and the launch itself.
+
+Kernels list the numbers that change from call to call in `do_not_specialize`. Otherwise Triton
+would compile another variant for the value 1 and for multiples of 16, in the middle of an answer.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A wider head does not fit into registers.
+MAX_HEAD_DIM = 256
+# Elements of a tile that is read once and written once. With four warps a thread holds 32 of them:
+# in fp32 a quarter of the registers that it may use without spilling, loaded 16 bytes at a time.
+TILE = 4096
+
+
+def supported(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors; if not, a launcher calls the reference.
+
+    The tensors must share one of `DTYPES`.
+    """
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(x.dtype == dtype for x in tensors)
+
+
+def supported_heads(*tensors: Tensor) -> bool:
+    """As `supported`, for attention: the last axis of the tensors is a head."""
+    return supported(*tensors) and all(x.shape[-1] <= MAX_HEAD_DIM for x in tensors)
+
+
+def tile_shape(rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile that spans all columns and has about `TILE` elements."""
+    width = triton.next_power_of_2(columns)
+    height = min(TILE // width, triton.next_power_of_2(rows))
+    return max(height, 1), width
+
+
+def row_target(rows: slice | Tensor) -> tuple[Tensor | None, int]:
+    """Target rows as a kernel takes them: (row indices, 0), or (None, first row) for a slice."""
+    return (None, rows.start) if isinstance(rows, slice) else (rows, 0)
+
+
+def is_hopper_or_later() -> bool:
+    """Whether this is an NVIDIA GPU whose tensor cores read operands from shared memory."""
+    if triton.knobs.runtime.interpret:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def launch(
+    kernel: triton.KernelInterface, grid: tuple[int, ...], *args: object, **options: object
+) -> None:
+    """Launches a kernel unless the grid is empty, which CUDA would reject."""
+    if math.prod(grid):
+        # Explicit because Triton 3.10 changes the default. torch's own kernels fuse as well.
+        kernel[grid](*args, enable_fp_fusion=True, **options)

@@ -1,0 +1,224 @@
+"""Compiles every kernel at the shapes of 3B and 7B, without a GPU, and prints its resources.
+
+    python -m nanoglimpse.kernels.report
+
+The launchers run on meta tensors, so that block sizes are those of a real run, and kernels are
+compiled instead of launched.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+
+from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kernels.triton_ops.registry import TRITON
+from nanoglimpse.kernels.varlen import Segments
+
+# The targets, with the bytes of shared memory that each allows one program. Code for sm_80 runs on
+# sm_86 and sm_89 as well, which allow less than an A100.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+# Hidden size, intermediate size, query heads, kv heads.
+MODELS = {"3B": (2048, 11008, 16, 2), "7B": (3584, 18944, 28, 4)}
+ROWS, LAYERS = 5000, 19
+# A name, and a call of a launcher.
+Case = tuple[str, Callable[[], object]]
+
+
+class Resources(NamedTuple):
+    """The resources of a compiled kernel.
+
+    Attributes:
+        target: a key of `TARGETS`.
+        case: a name from `cases`, the first that needs this variant of the kernel.
+        kernel: name of the kernel.
+        warps: warps of a program.
+        registers: registers per thread.
+        spilled: bytes per thread (NVIDIA) or registers per lane (AMD) that spill.
+        shared: bytes of shared memory of a program.
+    """
+
+    target: str
+    case: str
+    kernel: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def compile_all() -> Iterator[Resources]:
+    """Compiles all kernels for all cases and targets; equal variants are listed once.
+
+    Afterwards this process cannot launch kernels any more.
+    """
+    for name, (target, _) in TARGETS.items():
+        kernels = _compile_only(target)
+        seen: set[str] = set()
+        for case, call in cases():
+            call()
+            new = {kernel.hash: kernel for kernel in kernels if kernel.hash not in seen}
+            kernels.clear()
+            seen |= new.keys()
+            for kernel in new.values():
+                yield _resources(name, case, kernel)
+
+
+def cases() -> Iterator[Case]:
+    """Every launcher at the shapes of the models."""
+    for name, shape in MODELS.items():
+        for case, call in _decoder_cases(*shape):
+            yield f"{name} {case}", call
+    yield from _vision_cases()
+    yield from _fp32_cases()
+
+
+def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator[Case]:
+    x, norm = _empty(ROWS, size), _empty(size)
+    yield "norm", partial(TRITON.rms_norm, x, norm, 1e-6)
+    yield "norm + sum", partial(TRITON.add_rms_norm, x, x, norm, 1e-6)
+    yield "mlp", partial(TRITON.swiglu, _empty(ROWS, 2 * inner))
+    rope, heads_to_rotate = _rope(128), _empty(ROWS, heads + kv_heads, 128)
+    yield "rope", partial(TRITON.rotate, heads_to_rotate, rope)
+    q, k = _empty(ROWS, heads, 128), _empty(ROWS, kv_heads, 128)
+    qkv = _empty(ROWS, heads + 2 * kv_heads, 128)
+    append = partial(TRITON.rope_append, qkv, rope, k, k)
+    yield "append", partial(append, slice(0, ROWS))
+    yield "append, ragged", partial(append, _row_ids(ROWS))
+    prompt, queries = Segments([ROWS], "meta"), Queries(Segments([600], "meta"), _row_ids(600))
+    attend = partial(TRITON.attention, k=k, v=k, segments=prompt, causal=True)
+    yield "prefill", partial(attend, q)
+    yield "survivors", partial(attend, q[:600], queries=queries)
+    row, columns = _empty(1, size), (heads + 2 * kv_heads) * 128
+    step = partial(TRITON.skinny_linear, row, norm=(norm, 1e-6))
+    yield "step, qkv", partial(step, _empty(columns, size), _empty(columns))
+    yield "step, mlp", partial(step, _empty(2 * inner, size), gated=True)
+    down = partial(TRITON.skinny_linear, _empty(1, inner), _empty(size, inner))
+    yield "step, down", partial(down, residual=row)
+    layer = k.transpose(0, 1)[None]
+    yield "decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
+    cache, target = (_empty(LAYERS, n, kv_heads, 128) for n in (ROWS, 700))
+    gather = partial(TRITON.gather, cache, cache, x, _row_ids(600), target, target)
+    yield "gather", partial(gather, slice(0, 600))
+    yield "gather, ragged", partial(gather, _row_ids(600))
+
+
+def _vision_cases() -> Iterator[Case]:
+    x = _empty(ROWS, 1280)
+    yield "vision norm", partial(TRITON.rms_norm, x, _empty(1280), 1e-6)
+    yield "vision norm + sum", partial(TRITON.add_rms_norm, x, x, _empty(1280), 1e-6)
+    yield "vision mlp", partial(TRITON.swiglu, _empty(ROWS, 2 * 3420))
+    qkv, qk = _empty(ROWS, 48, 80), _empty(ROWS, 32, 80)
+    yield "vision rope", partial(TRITON.rotate, qkv[:, :32], _rope(80))
+    q, k, v = qk[:, :16], qk[:, 16:], qkv[:, 32:]
+    for name, lengths in (("full", [ROWS]), ("windows", [64] * 78 + [8])):
+        segments = Segments(lengths, "meta")
+        yield f"vision {name}", partial(TRITON.attention, q, k, v, segments, causal=False)
+    yield "vision colsum", partial(TRITON.attention_colsum, q, k, segments)
+    q, v, segments = _empty(ROWS, 4, 192), _empty(ROWS, 4, 64), Segments([ROWS], "meta")
+    yield "predictor", partial(TRITON.attention, q, q, v, segments, causal=False)
+
+
+def _fp32_cases() -> Iterator[Case]:
+    q, k, qkv = (_empty(ROWS, n, 128).float() for n in (16, 2, 20))
+    segments, layer = Segments([ROWS], "meta"), k.transpose(0, 1)[None]
+    yield "fp32 prefill", partial(TRITON.attention, q, k, k, segments, causal=True)
+    yield "fp32 decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
+    yield "fp32 append", partial(TRITON.rope_append, qkv, _rope(128), k, k, slice(0, ROWS))
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
+def _row_ids(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.int64, device="meta")
+
+
+def _rope(width: int) -> Rope:
+    return Rope.of(torch.empty(ROWS, width // 2, device="meta"))
+
+
+class _Driver:
+    """A driver whose current device is of a given target."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _compile_only(target: GPUTarget) -> list[CompiledKernel]:
+    """Makes every launch compile its kernel for a target instead; the list collects the kernels."""
+    kernels: list[CompiledKernel] = []
+
+    def launcher(function: triton.JITFunction, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_only(*args: object, **options: object) -> None:
+            kernels.append(function.run(*args, grid=grid, warmup=True, **options))
+
+        return compile_only
+
+    triton.JITFunction.__getitem__ = launcher
+    triton.runtime.driver.set_active(_Driver(target))
+    return kernels
+
+
+def _resources(target: str, case: str, kernel: CompiledKernel) -> Resources:
+    measure = _cubin if "cubin" in kernel.asm else _amdgcn
+    registers, spilled = measure(kernel)
+    meta = kernel.metadata
+    return Resources(target, case, meta.name, meta.num_warps, registers, spilled, meta.shared)
+
+
+def _cubin(kernel: CompiledKernel) -> tuple[int, int]:
+    """Registers per thread, and bytes of its stack, which holds the spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
+
+
+def _amdgcn(kernel: CompiledKernel) -> tuple[int, int]:
+    """Vector registers per lane, and how many of them spill."""
+    text = kernel.asm["amdgcn"]
+    return _number(r"\.vgpr_count:\s*(\d+)", text), _number(r"\.vgpr_spill_count:\s*(\d+)", text)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    assert match is not None
+    return int(match[1])
+
+
+def print_table() -> None:
+    """Prints a table of the resources of all kernels."""
+    print(
+        f"{'target':8}{'case':20}{'kernel':26}{'warps':>6}{'registers':>11}{'spilled':>9}{'KiB':>7}"
+    )
+    for r in compile_all():
+        print(
+            f"{r.target:8}{r.case:20}{r.kernel:26}{r.warps:6}{r.registers:11}{r.spilled:9}"
+            f"{r.shared / 1024:7.1f}",
+            flush=True,
+        )

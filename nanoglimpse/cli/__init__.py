@@ -1,0 +1,1 @@
+"""Terminals: options, progress, errors, and the commands that answer questions."""

@@ -1,0 +1,234 @@
+"""What all commands share on a terminal: errors in one line, exit codes, signals, progress."""
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from nanoglimpse.errors import NanoglimpseError
+
+# Seconds between two lines of progress where no line can be rewritten, and between two rewrites.
+EVERY, REWRITE = 10.0, 0.1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line; every command has `--debug`.
+
+    Args:
+        quiet: whether the command has `--quiet`, as those that show progress do.
+    """
+
+    def __init__(self, *args: Any, quiet: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        add = adder(self)
+        add("--debug", False, "show the traceback of an error")
+        if quiet:
+            add("--quiet", False, "print no progress and no statistics on stderr")
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and ends the program with exit code 2."""
+        say(f"nanoglimpse: error: {message} (see --help)")
+        raise SystemExit(2)
+
+
+def adder(container: argparse._ActionsContainer) -> Callable[..., None]:
+    """Gives a function that adds options to a parser or to a group, as `add_option` does."""
+    return partial(add_option, container)
+
+
+def add_option(
+    container: argparse._ActionsContainer,
+    flag: str,
+    default: Any,
+    help: str,
+    shown: str = "",
+    choices: Iterable[str] | None = None,
+    **more: Any,
+) -> None:
+    """Declares an option in one line.
+
+    Args:
+        container: a parser, or a group of its options.
+        flag: the option, or the name of a positional argument.
+        default: the value, whose type is that of the option: False for a switch, a list or a tuple
+            for several values; or only a type, for an option that is None unless it is given.
+        help: what the option does; the default is appended.
+        shown: the default in words, where its value does not speak for itself.
+        choices: the values that are allowed.
+        more: further arguments of `add_argument`.
+    """
+    if default is False:
+        more["action"] = "store_true"
+    elif isinstance(default, type):
+        more = {"type": default, "choices": choices, **more}
+    else:
+        several = isinstance(default, list | tuple)
+        values = default if several else [default]
+        shown = shown or " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+        more = {"nargs": "+"} | more if several else more
+        more = {"type": type(values[0]), "default": default, "choices": choices, **more}
+    container.add_argument(flag, help=f"{help} (default: {shown})" if shown else help, **more)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which commands handle as they handle Ctrl-C."""
+
+
+class Stopped(Exception):
+    """A command was interrupted after it had saved or shown what there was.
+
+    Args:
+        message: one line for the user.
+        cause: the interruption.
+    """
+
+    def __init__(self, message: str, cause: KeyboardInterrupt):
+        super().__init__(message)
+        self.exit_code = exit_code(cause)
+
+
+def exit_code(interruption: KeyboardInterrupt) -> int:
+    """130 for Ctrl-C and 143 for SIGTERM, as a shell reports them."""
+    return 128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT)
+
+
+def run(
+    command: Callable[[argparse.Namespace], int],
+    parser: Parser,
+    arguments: Sequence[str] | None,
+    *,
+    interrupted: str = "interrupted",
+    memory: str = "use smaller pictures (--max-pixels), a smaller model, or --dtype bfloat16",
+    report: Callable[[], bool] = lambda: True,
+) -> int:
+    """Parses the command line and runs a command; every failure becomes one line on stderr.
+
+    Args:
+        command: is given the options; returns an exit code.
+        parser: of the options.
+        arguments: the command line; that of the process if None.
+        interrupted: the line after an interruption that the command does not handle itself.
+        memory: the advice where memory does not suffice.
+        report: whether this process prints errors of usage; of several, one does.
+
+    Returns:
+        The command's exit code; 2 for misuse, 1 for failure, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    _open_streams()
+    args = parser.parse_args(arguments)
+    with _terminable():
+        try:
+            code = command(args)
+            sys.stdout.flush()
+            return code
+        except NanoglimpseError as error:
+            if error.exit_code != 2 or report():
+                fail(str(error), args.debug)
+            return error.exit_code
+        except Stopped as error:
+            fail(str(error), args.debug)
+            return error.exit_code
+        except KeyboardInterrupt as error:
+            fail(interrupted, args.debug)
+            return exit_code(error)
+        except BrokenPipeError:
+            # The reader of our output has left; flushing stdout at exit would complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            first = str(error).partition("\n")[0]
+            if is_out_of_memory(error):
+                reason = first.partition(". ")[0] or "allocation failed"
+                fail(f"not enough memory ({reason}); {memory}", args.debug)
+            else:
+                fail(f"{type(error).__name__}: {first} (--debug shows where)", args.debug)
+            return 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated` meanwhile; only the main thread may set handlers."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _open_streams() -> None:
+    """Replaces streams that the caller has closed, such as with `>&-`, by the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "can't allocate memory" in str(error)
+
+
+def fail(message: str, debug: bool = False) -> None:
+    """One line that says what went wrong, after the traceback if it is wanted."""
+    if debug:
+        with suppress(OSError):
+            traceback.print_exc()
+    say(f"nanoglimpse: error: {' '.join(message.split())}")
+
+
+def say(text: str) -> None:
+    """A line on stderr, unless its reader has left."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def note(args: argparse.Namespace) -> Callable[[str], None]:
+    """Prints lines on stderr, or drops them with `--quiet`."""
+    return (lambda line: None) if args.quiet else say
+
+
+class Progress:
+    """How far something is, on stderr: one line, rewritten on a terminal, else now and then.
+
+    Args:
+        label: what is counted.
+        quiet: show nothing.
+        bytes: the counts are bytes.
+    """
+
+    def __init__(self, label: str, quiet: bool = False, bytes: bool = False):
+        self.label, self.quiet, self.bytes = label, quiet, bytes
+        self.shown = 0.0 if sys.stderr.isatty() else time.perf_counter()
+
+    def __call__(self, done: int, total: int, remark: str = "") -> None:
+        """Shows that `done` of `total` are done; the line disappears with the last."""
+        now, terminal = time.perf_counter(), sys.stderr.isatty()
+        wait = REWRITE if terminal else EVERY
+        ends = terminal and done >= total
+        if self.quiet or (now - self.shown < wait and not ends):
+            return
+        self.shown = now
+        counts = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB" if self.bytes else f"{done} of {total}"
+        line = f"{self.label:<11} {counts}{f', {remark}' if remark else ''}"
+        with suppress(OSError):
+            if terminal:
+                end = "\r\033[K" if ends else "\033[K"
+                print(f"\r{line}", end=end, file=sys.stderr, flush=True)
+            else:
+                print(line, file=sys.stderr, flush=True)

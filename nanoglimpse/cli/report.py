@@ -1,0 +1,63 @@
+"""An answer for a person, line by line, and for a program, as one JSON object."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from nanoglimpse.cli.options import in_bytes
+from nanoglimpse.engine import Engine
+from nanoglimpse.inference.outputs import Answer
+from nanoglimpse.inputs.video import Video
+from nanoglimpse.version import VERSION
+
+
+def report(answer: Answer) -> list[str]:
+    """The statistics of an answer, one line each."""
+    s, b = answer.stats, answer.stats.budgets
+    share = f" ({s.kept_tokens / s.visual_tokens:.1%})" if s.visual_tokens else ""
+    stages = " + ".join(f"{name} {ms:.1f}" for name, ms in s.timings.items())
+    lines = [
+        f"visual      {s.visual_tokens} tokens, {s.kept_tokens} kept{share}, method {s.method}",
+        f"budgets     input {b.input_ratio:.1%}, prefill {b.prefill_ratio:.1%}, "
+        f"decode KV {b.decode_kv_ratio:.1%} of the visual tokens",
+        f"KV cache    {s.kv_rows[0]} rows, {in_bytes(s.kv_bytes[0])} without pruning; "
+        f"{s.kv_rows[1]} rows, {in_bytes(s.kv_bytes[1])} with",
+        f"first token {s.first_token:.1f} ms ({stages})",
+        f"decode      {len(answer.token_ids)} tokens, {s.decode:.2f} ms a token, "
+        f"ended by {answer.finish_reason}",
+    ]
+    if s.peak_bytes:
+        lines.append(f"peak memory {in_bytes(s.peak_bytes)}")
+    return lines
+
+
+def as_dict(
+    engine: Engine, question: str, images: Sequence[str | Video | None], answer: Answer
+) -> dict[str, Any]:
+    """What `--json` prints."""
+    names = [image.name if isinstance(image, Video) else image for image in images]
+    stats = asdict(answer.stats)
+    return {
+        "answer": answer.text,
+        "question": question,
+        "images": names,
+        "tokens": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "visual_tokens": stats.pop("visual_tokens"),
+        "kept_tokens": stats.pop("kept_tokens"),
+        "kept": answer.kept.nonzero().flatten().tolist(),
+        "grids": answer.grids,
+        **stats,
+        "versions": {
+            "nanoglimpse": VERSION,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "model": engine.model.name,
+            "device": str(engine.device),
+            "dtype": str(engine.dtype)[6:],
+            "quantize": engine.model.quantized,
+        },
+    }

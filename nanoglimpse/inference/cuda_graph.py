@@ -1,0 +1,108 @@
+"""Decode steps that a GPU replays: captured once for a batch and a capacity, launched as one.
+
+Eager decoding of a small batch waits for its own launches. A captured step cannot read anything
+back to the host, so it counts on the device, in buffers of its own; a prefill's cache is copied
+there. The same step also runs uncaptured, on any device.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kvcache.cache import KVCache
+from nanoglimpse.kvcache.device import DeviceKVCache
+from nanoglimpse.model.model import Model
+from nanoglimpse.model.rope import frequencies
+
+# Capacities are rounded up to a multiple of this, so that few graphs serve all lengths.
+CAPACITY = 1024
+# Idle graphs that are kept; each holds a cache.
+IDLE = 2
+
+Step = Callable[[], None]
+Capture = Callable[[Step, torch.device], Step]
+
+
+class DecodeGraph:
+    """A decode step over buffers of its own.
+
+    Args:
+        model: decodes.
+        batch: sequences.
+        capacity: cache rows of each.
+        capture: records the step.
+
+    Attributes:
+        token_ids, position: int64 [B], input of the next step.
+        logits: [B, vocab] of the last step; the next one overwrites them.
+    """
+
+    def __init__(self, model: Model, batch: int, capacity: int, capture: Capture):
+        weight = model.decoder.embed_tokens.weight
+        self.decoder, self.batch, self.capacity = model.decoder, batch, capacity
+        self.token_ids, self.position = weight.new_zeros(2, batch, dtype=torch.int64)
+        self.logits = weight.new_zeros(batch, model.text.vocab_size)
+        room, layers = [capacity] * batch, range(model.depth)
+        cache = KVCache(model.text, layers, room, self.position, weight.detach(), model.ops)
+        self.cache = DeviceKVCache(cache)
+        self.frequencies = frequencies(model.text, weight.device)
+        self._run = capture(self.step, weight.device)
+
+    def step(self) -> None:
+        """One token a sequence; all three axes of an answer's position are equal."""
+        rope = Rope.of(self.position[:, None] * self.frequencies)
+        self.logits = self.decoder.step(self.token_ids, rope, self.cache)
+        self.position += 1
+
+    def begin(self, cache: KVCache) -> None:
+        """Starts from the cache of a prefill."""
+        self.cache.load(cache)
+        self.position.copy_(cache.next_position)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """One token a sequence, int64 [B]: logits [B, vocab] of the next."""
+        self.token_ids.copy_(token_ids)
+        self._run()
+        return self.logits
+
+
+class DecodeGraphPool:
+    """Graphs of one model. A graph is owned exclusively while in use."""
+
+    def __init__(self, model: Model, capture: Capture | None = None):
+        self.model, self.capture = model, capture or capture_cuda
+        self.idle: list[DecodeGraph] = []
+
+    @contextmanager
+    def acquire(self, cache: KVCache, steps: int) -> Iterator[DecodeGraph]:
+        """A graph that continues a prefill's cache for so many steps."""
+        batch, needed = len(cache.lengths), max(cache.lengths) + steps
+        fitting = [g for g in self.idle if g.batch == batch and g.capacity >= needed]
+        graph = min(fitting, key=lambda g: g.capacity, default=None)
+        if graph is None:
+            capacity = -(-needed // CAPACITY) * CAPACITY
+            graph = DecodeGraph(self.model, batch, capacity, self.capture)
+        else:
+            self.idle.remove(graph)
+        graph.begin(cache)
+        try:
+            yield graph
+        finally:
+            self.idle = [*self.idle, graph][-IDLE:]
+
+
+def capture_cuda(step: Step, device: torch.device) -> Step:
+    """Records what `step` launches on a GPU; the result launches it again, as one."""
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()  # compiles kernels and takes scratch memory, which a capture may not
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay

@@ -1,0 +1,88 @@
+"""The token loop: from a prefill's logits and cache to the tokens of its answers."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nanoglimpse.inference.cuda_graph import DecodeGraphPool
+from nanoglimpse.inference.outputs import Prefill
+from nanoglimpse.inference.sampling import Sampler, Sampling
+from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kvcache.cache import KVCache
+from nanoglimpse.kvcache.layered import LayeredKVCache
+from nanoglimpse.model.model import Model
+from nanoglimpse.model.rope import mrope
+
+# Decode steps queued on a GPU before the host checks for EOS.
+LOOKAHEAD = 7
+
+
+def lookahead(device: torch.device) -> int:
+    """Decode steps to queue ahead where tokens are not shown as they come; 0 on a CPU."""
+    return LOOKAHEAD if device.type == "cuda" else 0
+
+
+def decode_many(
+    model: Model,
+    graphs: DecodeGraphPool | None,
+    prefill: Prefill,
+    max_new_tokens: int,
+    ignore_eos: bool,
+    sampling: Sampling | None,
+    ahead: int,
+) -> Iterator[list[int | None]]:
+    """Answers all prompts of a prefill in step; see `Engine.decode_many`."""
+    prompts = prefill.batch.token_ids.split(prefill.batch.counts)
+    sampler = Sampler(sampling or Sampling(), prompts, model.text.vocab_size, model.device)
+    model.check_context(prefill.batch.counts, max_new_tokens)
+    cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
+    running = [True] * len(prompts)
+    queued: list[Tensor] = []
+    with decode_steps(model, graphs, cache, max_new_tokens) as step:
+        for count in range(1, max_new_tokens + 1):
+            tokens = sampler(logits)
+            queued.append(tokens)
+            if count == 1 or len(queued) > ahead or count == max_new_tokens:
+                for chosen in [tokens.tolist() for tokens in queued]:
+                    pairs = zip(chosen, running, strict=True)
+                    yield [token if runs else None for token, runs in pairs]
+                    running = [
+                        runs and (ignore_eos or token not in model.eos_token_id)
+                        for token, runs in zip(chosen, running, strict=True)
+                    ]
+                    if not any(running):
+                        return
+                queued.clear()
+            if count < max_new_tokens:
+                logits = step(tokens)
+
+
+@contextmanager
+def decode_steps(
+    model: Model, graphs: DecodeGraphPool | None, cache: KVCache | LayeredKVCache, steps: int
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from token ids [B] to the logits [B, vocab] after them, for `steps` calls."""
+    # Caches with rows per group of layers are for comparison only, and not copied to a graph.
+    if graphs is not None and isinstance(cache, KVCache):
+        with graphs.acquire(cache, steps) as graph:
+            yield graph
+        return
+    rope = decode_rope(model, cache.next_position, steps)
+    counted = iter(range(steps))
+
+    def step(token_ids: Tensor) -> Tensor:
+        logits = model.decoder.step(token_ids, rope[next(counted)], cache)
+        cache.next_position = cache.next_position + 1
+        return logits
+
+    yield step
+
+
+def decode_rope(model: Model, next_position: Tensor, steps: int) -> Rope:
+    """Tables [steps, B, 1, D]: an answer advances on all three axes together."""
+    positions = next_position + torch.arange(steps, device=model.device)[:, None]
+    rope = mrope(positions.flatten().expand(3, -1), model.text)
+    shape = (steps, len(next_position), 1, -1)
+    return Rope(rope.cos.view(shape), rope.sin.view(shape))

@@ -1,0 +1,98 @@
+"""Choosing the next token from logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanoglimpse.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; greedy by default.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above 0 tokens are drawn.
+        top_p: draw from the smallest set of tokens that holds this probability.
+        top_k: draw from the k most likely tokens; 0 for all.
+        repetition_penalty: divides (or multiplies, if negative) the logits of tokens seen before.
+        seed: makes draws repeatable, for each sequence of a batch as for that sequence alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature must be in [0, ∞), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise UsageError(f"top_k must be at least 0, got {self.top_k}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(f"repetition_penalty must be in (0, ∞), got {self.repetition_penalty}")
+
+
+class Sampler:
+    """Draws the tokens of B sequences, remembering what a penalty needs."""
+
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Tensor], vocab: int, device: torch.device
+    ):
+        self.sampling = sampling
+        self.generators = [torch.Generator(device) for _ in prompts]
+        for generator in self.generators:
+            generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        self.seen: Tensor | None = None
+        if sampling.repetition_penalty != 1:
+            self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
+            for seen, token_ids in zip(self.seen, prompts, strict=True):
+                seen[token_ids] = True
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Next tokens int64 [B] from logits [B, vocab]."""
+        if self.seen is not None:
+            logits = logits.float()
+            penalty = self.sampling.repetition_penalty
+            penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(self.seen, penalised, logits)
+        tokens = logits.argmax(-1) if not self.sampling.temperature else self._draw(logits)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def keep(self, stay: Sequence[int]) -> None:
+        """Goes on with some of the sequences, by number."""
+        self.generators = [self.generators[i] for i in stay]
+        if self.seen is not None:
+            self.seen = self.seen[list(stay)]
+
+    def join(self, other: "Sampler") -> None:
+        """Takes another's sequences in, behind its own."""
+        self.generators += other.generators
+        if self.seen is not None and other.seen is not None:
+            self.seen = torch.cat((self.seen, other.seen))
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        ranked, order = (logits.float() / self.sampling.temperature).sort(-1, descending=True)
+        if self.sampling.top_k:
+            ranked[:, self.sampling.top_k :] = -torch.inf
+        probabilities = ranked.softmax(-1)
+        # A token stays if those before it do not hold top_p yet, so the first always stays.
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
+        # The first arrival of a race with these rates: as torch.multinomial draws, which waits for
+        # the device to check its input.
+        arrivals = torch.stack(
+            [
+                torch.empty_like(row).exponential_(generator=generator)
+                for row, generator in zip(probabilities, self.generators, strict=True)
+            ]
+        )
+        choices = (probabilities / arrivals).argmax(1, keepdim=True)
+        return order.gather(1, choices).squeeze(1)

@@ -1,0 +1,307 @@
+"""Many questions at once: continuous batching over one contiguous cache.
+
+Prompts of any lengths are prefilled in packed chunks, each pruned to its own length, and answered
+in step. A sequence owns one span of neighbouring cache rows, so nothing is paged; when it ends, its
+rows pass to waiting prompts. One number bounds the memory, the rows that are prefilled at a time
+and the rows that the cache holds; a prompt counts as its tokens and the tokens that its answer may
+have. Prompts that wait for rows have been prefilled and pruned, and are at most one chunk.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.inference.decode import decode_rope
+from nanoglimpse.inference.outputs import Answer, Prefill, Stats, peak_bytes
+from nanoglimpse.inference.sampling import Sampler, Sampling
+from nanoglimpse.inference.stream import AskOptions
+from nanoglimpse.inputs.processor import Processor
+from nanoglimpse.inputs.prompt import Prompt
+from nanoglimpse.inputs.video import Visual
+from nanoglimpse.kvcache.cache import KVCache
+from nanoglimpse.kvcache.layered import LayeredKVCache
+from nanoglimpse.kvcache.pool import KVPool
+from nanoglimpse.model.model import Model
+
+Query = tuple[Visual | Sequence[Visual], str | Sequence[Visual]]
+AnswerOrError = Answer | NanoglimpseError
+
+
+class BatchOptions(AskOptions, total=False):
+    """Keywords of `Engine.ask_many`."""
+
+    max_batch_tokens: int
+
+
+@dataclass
+class Reply:
+    """One answer in the making.
+
+    Attributes:
+        index: of the question.
+        begun: when its pictures were opened.
+        answer: without text yet.
+        token_ids: generated so far.
+        moments: when the first token was chosen, and the last one so far.
+    """
+
+    index: int
+    begun: float
+    answer: Answer
+    token_ids: list[int] = field(default_factory=list)
+    moments: list[float] = field(default_factory=list)
+
+    def push(self, token: int) -> None:
+        """Adds the next token."""
+        self.token_ids.append(token)
+        self.moments = [*self.moments[:1], time.perf_counter()]
+
+    def finished(self, text: str, reason: str, peak: int) -> Answer:
+        """The answer and its costs."""
+        first, last, later = self.moments[0], self.moments[-1], len(self.token_ids) - 1
+        stats = replace(
+            self.answer.stats,
+            first_token=1000 * (first - self.begun),
+            decode=1000 * (last - first) / later if later else 0.0,
+            peak_bytes=peak,
+        )
+        return replace(
+            self.answer, text=text, token_ids=self.token_ids, finish_reason=reason, stats=stats
+        )
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that has been prefilled and pruned, and waits for rows.
+
+    Attributes:
+        reply: its answer in the making.
+        prompt: int64 [T], its tokens.
+        logits: [1, vocab], of its first new token.
+        caches: of its chunk, one for each group of layers with the same rows.
+        number: of the sequence there.
+    """
+
+    reply: Reply
+    prompt: Tensor
+    logits: Tensor
+    caches: list[KVCache]
+    number: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the layers that hold most of it."""
+        return max(cache.lengths[self.number] for cache in self.caches)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A question whose prompt has been built, or the error instead."""
+
+    index: int
+    begun: float
+    prompt: Prompt | NanoglimpseError
+    milliseconds: float
+
+
+class Scheduler:
+    """Answers to many questions, as they finish: iterate over (index, answer or error).
+
+    Args:
+        model, processor: of the engine.
+        prompt: builds a prompt from pictures and a question.
+        prefill: runs prompts, with room for one token each.
+        queries, max_batch_tokens, max_new_tokens, ignore_eos, sampling: as `Engine.answers`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        processor: Processor,
+        prompt: Callable[..., Prompt],
+        prefill: Callable[[list[Prompt]], Prefill],
+        queries: Iterable[Query],
+        *,
+        max_batch_tokens: int,
+        max_new_tokens: int,
+        ignore_eos: bool,
+        sampling: Sampling | None,
+    ):
+        if max_batch_tokens < 1:
+            raise UsageError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self.model, self.processor, self.queries = model, processor, enumerate(queries)
+        self.prompt, self.prefill = prompt, prefill
+        self.limit, self.headroom = max_batch_tokens, max_new_tokens
+        self.ignore_eos = ignore_eos
+        self.sampling = sampling or Sampling()
+        self.pending: Pending | None = None
+        self.waiting: deque[Prefilled] = deque()
+        self.running: list[Reply] = []
+        self.pools: list[KVPool] = []
+        self.sampler = self._sampler([])
+        self.logits = torch.empty(0)
+
+    def __iter__(self) -> Iterator[tuple[int, AnswerOrError]]:
+        while True:
+            if not self.waiting:
+                yield from self._prefill_chunk()
+            self._admit()
+            if not self.running:
+                return
+            yield from self._step()
+
+    def _prefill_chunk(self) -> Iterator[tuple[int, NanoglimpseError]]:
+        """Prefills the next chunk; errors are reported at once."""
+        chunk: list[tuple[Pending, Prompt]] = []
+        cost = 0
+        while pending := self._next():
+            if isinstance(pending.prompt, NanoglimpseError):
+                yield pending.index, pending.prompt
+                continue
+            cost += len(pending.prompt) + self.headroom
+            if chunk and cost > self.limit:
+                self.pending = pending
+                break
+            chunk.append((pending, pending.prompt))
+        if chunk:
+            prefill = self.prefill([prompt for _, prompt in chunk])
+            self.waiting.extend(self._parts([pending for pending, _ in chunk], prefill))
+
+    def _next(self) -> Pending | None:
+        if self.pending:
+            pending, self.pending = self.pending, None
+            return pending
+        for index, (images, question) in self.queries:
+            begun = time.perf_counter()
+            prompt: Prompt | NanoglimpseError
+            try:
+                prompt = self.prompt(images, question)
+                self.model.check_context([len(prompt)], self.headroom)
+            except NanoglimpseError as error:
+                prompt = error
+            # Whatever a picture's bytes do to Pillow, the other questions are to be answered.
+            except Exception as error:
+                prompt = NanoglimpseError(f"{type(error).__name__}: {error}")
+                prompt.__cause__ = error
+            return Pending(index, begun, prompt, 1000 * (time.perf_counter() - begun))
+        return None
+
+    @torch.inference_mode()
+    def _admit(self) -> None:
+        """Gives rows to waiting prompts, as far as there are any."""
+        admitted = []
+        while self.waiting and self._fits(self.waiting[0]):
+            prefilled = self.waiting.popleft()
+            for pool, cache in zip(self.pools, prefilled.caches, strict=True):
+                pool.admit(cache, prefilled.number, self.headroom)
+            self.running.append(prefilled.reply)
+            admitted.append(prefilled)
+        if not admitted:
+            return
+        prompts = [prefilled.prompt for prefilled in admitted]
+        logits = torch.cat([prefilled.logits for prefilled in admitted])
+        sampler = self._sampler(prompts)
+        if len(self.running) > len(admitted):
+            self.sampler.join(sampler)
+            self.logits = torch.cat((self.logits, logits))
+        else:
+            self.sampler, self.logits = sampler, logits
+
+    def _sampler(self, prompts: Sequence[Tensor]) -> Sampler:
+        return Sampler(self.sampling, prompts, self.model.text.vocab_size, self.model.device)
+
+    def _fits(self, prefilled: Prefilled) -> bool:
+        """Whether its rows are free; while no answer runs, a pool is made that has them."""
+        rows = prefilled.num_rows + self.headroom
+        if self.pools and all(pool.gap(rows) is not None for pool in self.pools):
+            return True
+        if self.running:
+            return False
+        self.pools = []  # frees their memory first
+        self.pools = [KVPool(max(self.limit, rows), cache) for cache in prefilled.caches]
+        return True
+
+    @torch.inference_mode()
+    def _step(self) -> list[tuple[int, Answer]]:
+        """One token for every running answer; those that end are returned."""
+        tokens, running = self.sampler(self.logits), self.running
+        for reply, token in zip(running, tokens.tolist(), strict=True):
+            reply.push(token)
+        reasons = [self._reason(reply) for reply in running]
+        stay = [i for i, reason in enumerate(reasons) if reason is None]
+        if len(stay) < len(running):
+            self._leave(stay)
+            tokens = tokens[stay]
+        if stay:
+            cache = LayeredKVCache(self.pools)
+            rope = decode_rope(self.model, cache.next_position, 1)[0]
+            self.logits = self.model.decoder.step(tokens, rope, cache)
+            cache.next_position = cache.next_position + 1
+        ended = [pair for pair in zip(running, reasons, strict=True) if pair[1]]
+        return [(reply.index, self._finished(reply, str(reason))) for reply, reason in ended]
+
+    def _finished(self, reply: Reply, reason: str) -> Answer:
+        text = self.processor.decode(reply.token_ids)
+        return reply.finished(text, reason, peak_bytes(self.model.device))
+
+    def _reason(self, reply: Reply) -> str | None:
+        full = len(reply.token_ids) == self.headroom
+        if reply.token_ids[-1] in self.model.eos_token_id and (full or not self.ignore_eos):
+            return "eos"
+        return "length" if full else None
+
+    def _leave(self, stay: list[int]) -> None:
+        self.running = [self.running[i] for i in stay]
+        self.logits = self.logits[stay]
+        self.sampler.keep(stay)
+        for pool in self.pools:
+            pool.release(stay)
+
+    def _parts(self, chunk: Sequence[Pending], prefill: Prefill) -> Iterator[Prefilled]:
+        """The prompts of a chunk one by one, without what only the chunk needed."""
+        batch, importance = prefill.batch, prefill.importance
+        cache = prefill.cache
+        caches = cache.caches if isinstance(cache, LayeredKVCache) else [cache]
+        prompts, kept = batch.token_ids.split(batch.counts), prefill.kept.split(batch.visual_counts)
+        scores = importance.split(batch.visual_counts) if importance is not None else None
+        for number, pending in enumerate(chunk):
+            answer = Answer(
+                text="",
+                token_ids=[],
+                finish_reason="stopped",
+                # Copies, so that an answer that is kept does not keep its chunk.
+                kept=kept[number].clone(),
+                importance=None if scores is None else scores[number].clone(),
+                grids=batch.grids[number],
+                stats=_stats(prefill, number, caches, pending.milliseconds),
+            )
+            reply = Reply(pending.index, pending.begun, answer)
+            logits = prefill.logits[number, None]
+            yield Prefilled(reply, prompts[number], logits, caches, number)
+
+
+def _stats(prefill: Prefill, number: int, caches: Sequence[KVCache], preprocess: float) -> Stats:
+    batch, layers = prefill.batch, len(prefill.processed)
+    total = batch.counts[number]
+    held = sum(cache.lengths[number] * len(cache.layers) for cache in caches)
+    row_bytes = prefill.cache.nbytes // prefill.cache.num_rows
+    return Stats(
+        method=prefill.method,
+        prompt_tokens=total,
+        visual_tokens=batch.visual_counts[number],
+        kept_tokens=int(prefill.kept.split(batch.visual_counts)[number].sum()),
+        budgets=prefill.budgets_of(number),
+        kv_rows=(layers * total, held),
+        kv_bytes=(layers * total * row_bytes, held * row_bytes),
+        timings={"preprocess": preprocess} | prefill.timings,
+        first_token=0.0,
+        decode=0.0,
+        peak_bytes=0,
+    )

@@ -1,0 +1,172 @@
+"""Pictures: opening, decoding, resizing.
+
+Pixels equal those of transformers' Pillow-based Qwen2-VL processor bit for bit.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from nanoglimpse.config import PixelConfig
+from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.model.rope import Grid
+from nanoglimpse.model.vision import normalise
+
+Picture = str | Path | Image.Image
+MAX_ASPECT = 200
+
+
+def load_picture(picture: Picture) -> Image.Image:
+    """A picture as RGB, transparency composited on white; of an animation the first frame.
+
+    A file's EXIF orientation is applied; a Pillow image is taken as its caller made it.
+
+    Raises:
+        UsageError, NanoglimpseError: see `open_picture`; also for a file that is truncated.
+    """
+    if isinstance(picture, Image.Image):
+        return flatten(picture)
+    with open_picture(picture) as image:
+        try:
+            return flatten(ImageOps.exif_transpose(image))
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise NanoglimpseError(f"{picture} is damaged or cannot be read: {error}") from None
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture file, opened but not decoded.
+
+    Raises:
+        UsageError: no such file, or no picture that Pillow reads.
+        NanoglimpseError: it cannot be read, or decodes to so many pixels that it may be a bomb.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UsageError(f"there is no picture {path}") from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{path} is not a picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise NanoglimpseError(f"{path} is refused: {error}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise NanoglimpseError(f"{path} is damaged or cannot be read: {error}") from None
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """As RGB, transparency composited on white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Height and width as multiples of `factor`, their product between the two limits.
+
+    As in Qwen's code, with Python's rounding of halves to the even side.
+
+    Raises:
+        UsageError: no pixels at all, or sides of a ratio over 200.
+    """
+    if min(height, width) < 1:
+        raise UsageError(f"a picture of {width} × {height} px has no content")
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise UsageError(
+            f"a picture of {width} × {height} px is too thin; sides may differ {MAX_ASPECT} times"
+        )
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def preprocess_image(
+    picture: Picture,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    config: PixelConfig | None = None,
+) -> tuple[Tensor, Grid]:
+    """Patches of a still picture, in the order of the merge units that become visual tokens.
+
+    Args:
+        picture: path or Pillow image.
+        min_pixels, max_pixels: limits of the resized area; those of `config` where None.
+        config: mean, deviation and patch sizes; Qwen2.5-VL's by default.
+
+    Returns:
+        patches fp32 [P, channels · frames · side²], the one frame repeated, and the grid (t, h, w)
+        in patches; uint8 [P, channels · side²] if the configuration says raw.
+
+    Raises:
+        UsageError, NanoglimpseError: see `load_picture` and `smart_resize`.
+    """
+    config = config or PixelConfig()
+    low = config.min_pixels if min_pixels is None else min_pixels
+    high = config.max_pixels if max_pixels is None else max_pixels
+    if not 0 < low <= high:
+        raise UsageError(f"min_pixels {low} and max_pixels {high} leave no picture size")
+    image = load_picture(picture)
+    side, merge = config.patch_size, config.merge_size
+    height, width = smart_resize(image.height, image.width, side * merge, low, high)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    grid = (1, height // side, width // side)
+    return patchify([image], grid, config), grid
+
+
+def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> Tensor:
+    """Patches of a picture, or of a pair of frames, in the order of the merge units.
+
+    Args:
+        frames: one picture, or as many as make a temporal patch; RGB, as large as the grid.
+        grid: (1, h, w).
+        config: mean, deviation and patch sizes.
+
+    Returns:
+        fp32 [h · w, channels · frames · side²], a still picture repeated; uint8 [h · w, channels ·
+        side²] for each of the frames given, side by side, if they are to stay raw.
+    """
+    side, merge = config.patch_size, config.merge_size
+    units = []
+    for frame in frames:
+        pixels = torch.frombuffer(bytearray(frame.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(grid[1] // merge, merge, side, grid[2] // merge, merge, side, 3)
+        units.append(pixels.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, 1, side * side))
+    raw = torch.cat(units, 2).flatten(1) if len(units) > 1 else units[0].flatten(1)
+    return raw if config.raw else normalise(raw, config)
+
+
+def joined(patches: Sequence[Tensor]) -> Tensor:
+    """Patches one after the other; raw ones of stills are repeated where frames come in pairs.
+
+    Raises:
+        UsageError: some are raw, others normalised.
+    """
+    some = [p for p in patches if len(p)] or list(patches[:1])
+    if len(some) == 1:
+        return some[0]
+    if len({p.dtype for p in some}) > 1:
+        raise UsageError("raw and normalised patches cannot be read together; prepare all alike")
+    width = max(p.shape[1] for p in some)
+    return torch.cat([p if p.shape[1] == width else _repeated(p, width) for p in some])
+
+
+def _repeated(raw: Tensor, width: int) -> Tensor:
+    channels = len(PixelConfig.image_mean)
+    frames = width // raw.shape[1]
+    return raw.view(len(raw), channels, 1, -1).expand(-1, -1, frames, -1).flatten(1)

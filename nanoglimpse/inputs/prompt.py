@@ -1,0 +1,246 @@
+"""Prompts, one by one and packed, and the row arithmetic of pruning."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nanoglimpse.config import Config
+from nanoglimpse.errors import UsageError
+from nanoglimpse.inputs.images import joined
+from nanoglimpse.model.rope import Grid, mrope_positions, visual_mask, visual_tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: T tokens, of which N stand for visual tokens.
+
+    Attributes:
+        token_ids: int64 [T], a placeholder for every visual token.
+        positions: int64 [3, T], M-RoPE ids on the axes time, height, width.
+        visual: bool [T], the placeholders.
+        patches: of all images and videos in order of appearance, fp32 [P, patch_dim]; or raw.
+        grids: (t, h, w) in patches of each of them.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    visual: Tensor
+    patches: Tensor
+    grids: tuple[Grid, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        token_ids: Tensor | Sequence[int],
+        patches: Tensor | None = None,
+        grids: Sequence[Sequence[int]] = (),
+        seconds_per_grid: float | Sequence[float] | Tensor | None = None,
+        *,
+        config: Config,
+    ) -> "Prompt":
+        """A prompt from ready tensors.
+
+        Args:
+            token_ids: [T]; every visual token has a placeholder, image or video by its id.
+            patches: [P, patch_dim], in order of appearance; or uint8 as `preprocess_image` makes
+                raw ones, [P, patch_dim] or of one frame each.
+            grids: (t, h, w) in patches of each image and video, in order of appearance.
+            seconds_per_grid: seconds between temporal patches, for all videos or each; 1 if None.
+            config: of the model.
+
+        Raises:
+            UsageError: the parts do not fit each other or the model.
+        """
+        vision = config.vision_config
+        ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
+        sizes = tuple((int(t), int(h), int(w)) for t, h, w in grids)
+        patches = torch.empty(0, vision.patch_dim) if patches is None else patches
+        seconds = (
+            seconds_per_grid.tolist() if isinstance(seconds_per_grid, Tensor) else seconds_per_grid
+        )
+        if not len(ids):
+            raise UsageError("a prompt needs at least one token")
+        if int(ids.min()) < 0 or int(ids.max()) >= config.text_config.vocab_size:
+            raise UsageError(f"token ids must lie in 0 to {config.text_config.vocab_size - 1}")
+        if any(h % vision.spatial_merge_size or w % vision.spatial_merge_size for _, h, w in sizes):
+            raise UsageError(f"grids {sizes} are not in whole visual tokens")
+        expected = [sum(math.prod(grid) for grid in sizes), vision.patch_dim]
+        one = vision.patch_dim // vision.temporal_patch_size
+        if patches.dtype == torch.uint8 and patches.shape[1:] == (one,):
+            expected[1] = one
+        if list(patches.shape) != expected:
+            raise UsageError(f"patches have shape {list(patches.shape)}, the grids need {expected}")
+        positions = mrope_positions(ids, sizes, config, seconds)
+        return cls(ids, positions, visual_mask(ids, config), patches, sizes)
+
+    def then(self, other: "Prompt") -> "Prompt":
+        """This prompt with another behind it, whose positions go on from here."""
+        return Prompt(
+            torch.cat((self.token_ids, other.token_ids)),
+            torch.cat((self.positions, other.positions + self.positions.max() + 1), dim=1),
+            torch.cat((self.visual, other.visual)),
+            joined((self.patches, other.patches)),
+            self.grids + other.grids,
+        )
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B prompts as T packed rows with N visual tokens.
+
+    Attributes:
+        token_ids: int64 [T].
+        positions: int64 [3, T].
+        visual_rows: int64 [N], the rows of the visual tokens.
+        pools: int64 [N]; tokens with one number compete with each other for being kept: those of a
+            prompt's images together, those of each video by itself. -1 where all are kept.
+        grids: of each prompt, (t, h, w) in patches.
+        pool_sizes: (rows, columns) in visual tokens of each pool's images, or pairs of frames.
+        clips: the pools that are videos.
+        counts: rows of each prompt.
+        visual_counts: visual tokens of each prompt.
+        next_position: int64 [B], the largest position of each prompt + 1.
+        seeds: for methods that draw, one a prompt.
+        evidence: bool [N], the visual tokens that the answers need; None where that is unknown.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    visual_rows: Tensor
+    pools: Tensor
+    grids: list[tuple[Grid, ...]]
+    pool_sizes: list[list[tuple[int, int]]]
+    clips: frozenset[int]
+    counts: list[int]
+    visual_counts: list[int]
+    next_position: Tensor
+    seeds: list[int]
+    evidence: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        prompts: Sequence[Prompt],
+        config: Config,
+        device: torch.device,
+        prune_videos: bool = True,
+        seed: int | Sequence[int] = 0,
+        evidence: Sequence[Tensor] | None = None,
+    ) -> "PackedBatch":
+        """Packs prompts and moves them to the device.
+
+        Args:
+            prompts: at least one.
+            config: of the model.
+            device: of the model.
+            prune_videos: if not, all visual tokens of videos are kept.
+            seed: for all prompts, or for each.
+            evidence: bool [N] of each prompt.
+        """
+        token_ids = torch.cat([prompt.token_ids for prompt in prompts])
+        visual_rows = torch.cat([prompt.visual for prompt in prompts]).nonzero().flatten()
+        pools, pool_sizes, clips = _pools(prompts, config, prune_videos)
+        return cls(
+            token_ids=token_ids.to(device),
+            positions=torch.cat([prompt.positions for prompt in prompts], dim=1).to(device),
+            visual_rows=visual_rows.to(device),
+            pools=pools.to(device),
+            grids=[prompt.grids for prompt in prompts],
+            pool_sizes=pool_sizes,
+            clips=clips,
+            counts=[len(prompt) for prompt in prompts],
+            visual_counts=[
+                sum(visual_tokens(grid, config) for grid in prompt.grids) for prompt in prompts
+            ],
+            next_position=torch.stack([p.positions.max() + 1 for p in prompts]).to(device),
+            seeds=[seed] * len(prompts) if isinstance(seed, int) else list(seed),
+            evidence=None if evidence is None else torch.cat(list(evidence)).to(device),
+        )
+
+    @property
+    def all_grids(self) -> tuple[Grid, ...]:
+        """The grids of all prompts in order."""
+        return tuple(grid for grids in self.grids for grid in grids)
+
+    @property
+    def prunable(self) -> Tensor:
+        """Bool [N], the visual tokens that may be dropped."""
+        return self.pools >= 0
+
+    def survivors(self, kept: Tensor) -> tuple[Tensor, list[int]]:
+        """Rows that remain when only the visual tokens `kept` [N] stay, and each prompt's count."""
+        stays = torch.ones(len(self.token_ids), dtype=torch.bool, device=kept.device)
+        stays[self.visual_rows] = kept
+        counts = [int(part.sum()) for part in stays.split(self.counts)]
+        return stays.nonzero().flatten(), counts
+
+    def keep(self, kept: Tensor, rows: Tensor, counts: list[int]) -> "PackedBatch":
+        """The batch of the rows that remain; `rows` and `counts` are `survivors` of `kept`."""
+        is_visual = torch.zeros(len(self.token_ids), dtype=torch.bool, device=rows.device)
+        is_visual[self.visual_rows] = True
+        return replace(
+            self,
+            token_ids=self.token_ids[rows],
+            positions=self.positions[:, rows],
+            visual_rows=is_visual[rows].nonzero().flatten(),
+            pools=self.pools[kept],
+            counts=counts,
+            visual_counts=[int(part.sum()) for part in kept.split(self.visual_counts)],
+            evidence=None if self.evidence is None else self.evidence[kept],
+        )
+
+
+def _pools(
+    prompts: Sequence[Prompt], config: Config, prune_videos: bool
+) -> tuple[Tensor, list[list[tuple[int, int]]], frozenset[int]]:
+    """Pool of every visual token, the sizes of each pool's images, and which pools are videos."""
+    merge, numbers, clips = config.vision_config.spatial_merge_size, [], []
+    sizes: list[list[tuple[int, int]]] = []
+    for prompt in prompts:
+        stills, placeholders, first = -1, prompt.token_ids[prompt.visual].tolist(), 0
+        for grid in prompt.grids:
+            number, count = -1, visual_tokens(grid, config)
+            if placeholders[first] == config.video_token_id:
+                if prune_videos:
+                    number = len(sizes)
+                    clips.append(number)
+            else:
+                number = stills = stills if stills >= 0 else len(sizes)
+            if number == len(sizes):
+                sizes.append([])
+            if number >= 0:
+                sizes[number] += [(grid[1] // merge, grid[2] // merge)] * grid[0]
+            numbers.append(torch.full((count,), number))
+            first += count
+    pools = torch.cat([torch.empty(0, dtype=torch.int64), *numbers])
+    return pools, sizes, frozenset(clips)
+
+
+def last_rows(counts: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [B], the last row of each of the packed sequences of these lengths."""
+    return torch.tensor(counts, device=device).cumsum(0) - 1
+
+
+def interleave(rows: Tensor, probes: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Packed rows with one more row after each sequence.
+
+    Args:
+        rows: [T, …], sequences of `counts` rows.
+        probes: [B, …].
+        counts: rows of each sequence.
+
+    Returns:
+        [T + B, …], and int64 [T], where the rows are in it.
+    """
+    index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    index = (torch.arange(len(rows)) + index).to(rows.device)
+    both = rows.new_empty(len(rows) + len(counts), *rows.shape[1:])
+    both[index] = rows
+    both[last_rows([n + 1 for n in counts], rows.device)] = probes
+    return both, index

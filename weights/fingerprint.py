@@ -1,0 +1,26 @@
+"""A digest that tells one set of weights from another."""
+
+import hashlib
+import struct
+
+from nanoglimpse.model.model import Model
+
+# Values of each parameter that are read, evenly spread.
+SAMPLES = 64
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256, in hex, of a model's configuration and of some values of every parameter."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    if model.glimpse is not None:
+        digest.update(repr(model.glimpse.config).encode())
+    for part, module in model.modules():
+        for name, parameter in module.named_parameters():
+            if model.config.tie_word_embeddings and name.startswith("lm_head"):
+                continue  # the embeddings once more, in this device's layout
+            # Weights that a CPU has packed have another layout, but the same values.
+            weight = parameter.to_dense() if parameter.is_mkldnn else parameter.detach()
+            values = weight.flatten()[:: max(weight.numel() // SAMPLES, 1)].float().tolist()
+            digest.update(f"{part}.{name}{tuple(weight.shape)}".encode())
+            digest.update(struct.pack(f"{len(values)}f", *values))
+    return digest.hexdigest()
