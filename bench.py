@@ -6,15 +6,16 @@
     python bench.py --ragged 8 32                         questions of different sizes at once
     python bench.py --kernels --shape 7b                  each operation alone
 
-A shape is built from random weights on the device; as those prune at random, the share that stays
-is forced while glimpse and predictor run all the same. Rounds alternate between the arms, so that a
-ratio holds when the machine drifts. A gate comes first: what computes wrong is not timed. Floors
-are operations over the rate of a large product and bytes over the bandwidth of reading a large
-tensor, both measured first. A ceiling is the speed-up of who reaches the floor. Beside each answer
-to a single prompt stand two questions to a session, up to their logits: the first one, which reads
-the picture, and a further one. With --ragged the questions are about pictures of different sizes
-and their answers end at different places: how many are answered in a second at once, one by one,
-and by transformers in a batch that it pads. The last line of stdout is one JSON object.
+A shape has random weights, which are made on the device. Such weights prune at random, so the share
+to keep is forced, while glimpse and predictor do all of their work. Rounds alternate between the
+contenders, so that a ratio holds when the machine drifts. A gate comes first: what computes wrong
+is not timed. Floors are operations over the rate of a large product, and bytes over the bandwidth
+of reading a large tensor, both measured first; a ceiling is the speed-up of an engine at its floor.
+Beside each answer to a single prompt stand two questions to a session, up to their logits: the
+first one, for which the picture is encoded, and a further one. With --ragged the questions are
+about pictures of different sizes, and their answers end at different places; the tables say how
+many are answered in a second at once, one by one, and by transformers in a padded batch. The last
+line of stdout is one JSON object.
 """
 
 import argparse
@@ -26,9 +27,9 @@ from pathlib import Path
 import torch
 
 from nanoglimpse.benchmark.cases import Case, accuracy
-from nanoglimpse.benchmark.contenders import Peer
+from nanoglimpse.benchmark.contenders import Transformers
 from nanoglimpse.benchmark.measuring import Roofs, machine, say
-from nanoglimpse.benchmark.models import random_engine, stored_engine
+from nanoglimpse.benchmark.models import Workload, make_engine
 from nanoglimpse.benchmark.operations import time_operations
 from nanoglimpse.benchmark.plot import plot
 from nanoglimpse.benchmark.ragged import Ragged, gains_at_once
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if not all(0 < share <= 1 for share in args.retain or ()):
         raise UsageError(f"retain {args.retain} are no shares; give more than 0, up to 1")
     say("building")
-    engine = random_engine(args, args.quantize) if args.shape else stored_engine(args)
+    engine = make_engine(args)
     roofs = Roofs(engine)
     summary = {"machine": machine(args, engine, roofs), "cases": []}
     print("  ".join(f"{key} {value}" for key, value in summary["machine"].items()))
@@ -114,14 +115,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cases(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> Iterator[Case | Ragged]:
-    """What is asked for, one after the other."""
-    peer = None if args.alone else Peer.load(engine, args)
+    """The cases that the options name, one after the other."""
+    transformers = None if args.alone else Transformers.load(engine, args)
     for visual in args.visual_tokens if args.shape else [0]:
-        for count in args.ragged or args.batch:
-            if args.ragged:
-                yield Ragged(engine, peer, args, visual, count)
-            else:
-                yield Case(engine, peer, roofs, args, visual, count)
+        for count in args.ragged or ():
+            yield Ragged(Workload(engine, args, visual, count), transformers)
+        for batch in [] if args.ragged else args.batch:
+            yield Case(Workload(engine, args, visual, copies=batch), transformers, roofs)
 
 
 if __name__ == "__main__":

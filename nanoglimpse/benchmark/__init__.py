@@ -1,4 +1,4 @@
-"""The parts of bench.py, which stands at the top of a checkout and needs one."""
+"""The parts of bench.py, which runs in a checkout."""
 
 from pathlib import Path
 

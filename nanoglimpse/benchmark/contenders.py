@@ -1,84 +1,67 @@
-"""What runs against each other: this engine with one method, and transformers."""
+"""The contenders: this engine with one method, and transformers with the same weights."""
 
 import argparse
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
-from math import isqrt
+from typing import Any
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
-from nanoglimpse.benchmark.measuring import Memory, best, now, say
-from nanoglimpse.benchmark.models import random_tensors, shape_config, skeleton
+from nanoglimpse.benchmark.measuring import Memory, Roofs, best, now, say
+from nanoglimpse.benchmark.models import Forced, Workload, random_tensors, shape_config, skeleton
+from nanoglimpse.benchmark.work import Cost, Work
 from nanoglimpse.engine import Engine
 from nanoglimpse.flops import RowCounts, session_prefix, session_question
-from nanoglimpse.inference.session import Session
+from nanoglimpse.inference.outputs import Prefill
 from nanoglimpse.inputs.images import preprocess_image
-from nanoglimpse.inputs.prompt import Prompt
-from nanoglimpse.kernels.reference.table import TORCH
+from nanoglimpse.kernels.backends import TORCH
 from nanoglimpse.methods.base import PruningMethod
 
-QUESTION = "Which number does the diamond show?"
+# Stages that are not a part of the decoder's prefill.
+APART = ("vision", "a token", "first question", "further question")
+Answers = list[list[int]]
 
 
-class Task:
-    """What is asked: B copies of a picture and a question, and how the prompt is made."""
-
-    def __init__(self, engine: Engine, args: argparse.Namespace, visual: int, batch: int):
-        self.engine, self.args, self.batch = engine, args, batch
-        self.picture = noise(visual) if visual else Image.open(args.image).convert("RGB")
-        self.prompt = self.preprocess()
-
-    def preprocess(self) -> Prompt:
-        """The prompt from the picture."""
-        question = QUESTION if self.engine.processor.tokenizer else self.args.text
-        return self.engine.prompt(self.picture, question)
-
-    def begin(self, method: str | PruningMethod) -> tuple[Session, Tensor]:
-        """A session that has read the picture, and the token ids of the question."""
-        prompt, config = self.preprocess(), self.engine.config
-        stop = int(prompt.visual.nonzero()[-1]) + 2  # behind <|vision_end|>
-        before, behind = prompt.token_ids.tensor_split([stop])
-        begun = Prompt.from_tokens(before, prompt.patches, prompt.grids, config=config)
-        return self.engine.session(begun, method), behind
-
-
-def noise(visual: int) -> Image.Image:
-    """A picture of so many visual tokens, as square as their number allows."""
-    root = isqrt(visual)
-    rows = next((r for r in range(root, root // 2, -1) if visual % r == 0), root)
-    return Image.effect_noise((28 * max(visual // rows, 1), 28 * rows), 64).convert("RGB")
+def methods(engine: Engine, args: argparse.Namespace) -> dict[str, str | PruningMethod]:
+    """The contenders of this engine by name, and the method of each."""
+    shares = args.retain or ([0.111] if args.shape else [])
+    if not engine.glimpse:
+        return {"dense": "dense"}
+    forced = {method.name: method for method in map(Forced, shares) if method.share_kept < 1}
+    return {"dense": "dense", **(forced if shares else {"pruned": "glimpse"})}
 
 
 class Ours:
     """This engine with one method; a round is an answer from the picture to the last token."""
 
-    def __init__(self, task: Task, method: str | PruningMethod):
-        self.task, self.engine, self.method = task, task.engine, method
+    def __init__(self, workload: Workload, method: str | PruningMethod):
+        self.workload, self.engine, self.method = workload, workload.engine, method
+        self.new = workload.args.new
 
-    def prefill(self, count: int, **options):
-        """The task's prompts, read."""
-        prompts = [self.task.prompt] * self.task.batch
-        return self.engine.prefill_many(prompts, self.method, max_new_tokens=count, **options)
+    def prefill(self, max_new_tokens: int, trace: bool = False) -> Prefill:
+        """A prefill of all prompts."""
+        read = partial(self.engine.prefill_many, self.workload.prompts, self.method)
+        return read(max_new_tokens=max_new_tokens, trace=trace)
 
-    def round(self, new: int) -> dict:
-        """Milliseconds by stage, and of each token in a list."""
+    def round(self) -> dict[str, Any]:
+        """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
         begun = now()
-        preprocess_image(self.task.picture, config=self.engine.processor.pixels)
+        preprocess_image(self.workload.items[0][0], config=self.engine.processor.pixels)
         memory, start = Memory(self.engine.device), now()
-        self.task.preprocess()
+        self.workload.preprocess()
         prepared = now()
-        prefill = self.prefill(new)
-        self.kv = prefill.cache.num_rows, prefill.cache.nbytes
-        moments = [now() for _ in self.engine.decode_many(prefill, new, ignore_eos=True)]
+        prefill = self.prefill(self.new)
+        moments = [now() for _ in self.engine.decode_many(prefill, self.new, ignore_eos=True)]
         peak = memory.peak()
-        stages = prefill.timings
+        stages, head = prefill.timings, self.head()
         vision = stages.pop("vision")
-        head = self.head()
         upper = next(reversed(stages))  # the layers that end with the head
         stages[upper] = max(stages[upper] - head, 0.0)
-        self.rows = RowCounts.of(prefill)
         return {
             "pixels": 1000 * (start - begun),
             "preprocess": 1000 * (prepared - start),
@@ -89,39 +72,88 @@ class Ours:
             "first token": 1000 * (moments[0] - start),
             **per_token(moments),
             "end to end": 1000 * (moments[-1] - start),
-            **(self.questions(new) if self.task.batch == 1 else {}),
+            **(self.questions() if len(self.workload.prompts) == 1 else {}),
             "memory": peak,
         }
 
-    def questions(self, new: int) -> dict:
+    def questions(self) -> dict[str, float]:
         """Milliseconds from the picture to a question's logits, and of one more in the session."""
         moments = [now()]
-        session, question = self.task.begin(self.method)
+        session, question = self.workload.begin(self.method)
         for _ in range(2):
-            session.prefill(question, max_new_tokens=new)
+            session.prefill(question, max_new_tokens=self.new)
             moments.append(now())
-        self.prefix, self.question = session_prefix(session), session_question(session, self.rows)
         first, further = (1000 * (after - before) for before, after in pairwise(moments))
         return {"first question": first, "further question": further}
 
     @torch.inference_mode()
     def head(self) -> float:
         """Milliseconds of the final norm and the head alone."""
-        hidden = torch.ones(
-            self.task.batch, self.engine.config.text_config.hidden_size, device=self.engine.device
-        )
-        hidden = hidden.to(self.engine.dtype)
+        size = len(self.workload.prompts), self.engine.config.text_config.hidden_size
+        hidden = torch.ones(size, device=self.engine.device, dtype=self.engine.dtype)
         return 1000 * best(lambda: self.engine.decoder.logits(hidden), 1)
 
+    @cached_property
+    def counts(self) -> tuple[RowCounts, int, int]:
+        """The rows of a prompt on their way; the rows and the bytes of the cache of all prompts."""
+        prefill = self.prefill(self.new)
+        return RowCounts.of(prefill), prefill.cache.num_rows, prefill.cache.nbytes
 
-class Peer:
-    """transformers as its users run it: SDPA, DynamicCache, `generate`, last-row logits."""
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """The costs of all stages, and of questions to a session where there is one prompt."""
+        rows, prompts = self.counts[0], self.workload.prompts
+        work = Work(self.engine, prompts[0].grids, rows, len(prompts))
+        layers, stop, costs = rows.prefill(), rows.stop, {"vision": work.vision()}
+        if self.method == "dense":
+            costs["prefill"] = work.layers(layers)
+        else:
+            costs |= {
+                f"prefill < {stop}": work.layers(layers[:stop]),
+                "score": work.score(),
+                "keep": work.keep(),
+                f"prefill ≥ {stop}": work.layers(layers[stop:]),
+            }
+        costs |= {"lm_head": work.head(), "a token": work.step(self.new // 2)}
+        if len(prompts) == 1:
+            session, question = self.workload.begin(self.method)
+            session.prefill(question, max_new_tokens=self.new)
+            chosen = [costs[stage] for stage in ("score", "keep", "lm_head") if stage in costs]
+            further = sum(chosen, work.layers(session_question(session, rows)))
+            prefix = work.layers(session_prefix(session))
+            costs["first question"] = costs["vision"] + prefix + further
+            costs["further question"] = further
+        return costs
 
-    def __init__(self, model, pixels, version: str):
-        self.model, self.pixels, self.version = model.eval(), pixels, version
+    def prefill_stages(self) -> list[str]:
+        """The stages between the vision encoder and the first token."""
+        return [stage for stage in self.costs if stage not in APART]
+
+    def floors(self, roofs: Roofs) -> dict[str, float]:
+        """The least milliseconds of the stages, and of what they add up to."""
+        floors = {stage: roofs.floor(cost) for stage, cost in self.costs.items()}
+        floors["all prefill"] = sum(floors[stage] for stage in self.prefill_stages())
+        floors["first token"] = floors["vision"] + floors["all prefill"]
+        floors["end to end"] = floors["first token"] + (self.new - 1) * floors["a token"]
+        return floors
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """The same weights in transformers.
+
+    Attributes:
+        model: the model, with SDPA attention.
+        pixels: the image processor.
+        version: the version of transformers.
+    """
+
+    model: Any
+    pixels: Any
+    version: str
 
     @classmethod
-    def load(cls, engine: Engine, args: argparse.Namespace) -> "Peer | None":
+    def load(cls, engine: Engine, args: argparse.Namespace) -> "Transformers | None":
         """None where transformers is not installed."""
         try:
             import transformers
@@ -133,8 +165,7 @@ class Peer:
         say("building transformers")
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        options = {"dtype": engine.dtype, "attn_implementation": "sdpa"}
-        build = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained
+        source, more = engine.processor.folder if not args.shape else None, {}
         if args.shape:
             meta, vision = skeleton(engine.config, TORCH), engine.config.vision_config
             tensors = {n: t for _, n, t in random_tensors(meta, engine.device, engine.dtype)}
@@ -142,68 +173,84 @@ class Peer:
             patch = "visual.patch_embed.proj.weight"
             tensors[patch] = tensors[patch].view(kernel)
             config = transformers.Qwen2_5_VLConfig.from_dict(shape_config(args))
-            model = build(None, config=config, state_dict=tensors, **options)
-        else:
-            model = build(engine.processor.folder, **options)
+            more = {"config": config, "state_dict": tensors}
+        build: Any = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained
+        model = build(source, dtype=engine.dtype, attn_implementation="sdpa", **more)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         own = engine.processor.pixels
         names = ("min_pixels", "max_pixels", "image_mean", "image_std")
         pixels = Qwen2VLImageProcessorPil(**{name: getattr(own, name) for name in names})
-        return cls(model.to(engine.device), pixels, transformers.__version__)
+        return cls(model.to(engine.device).eval(), pixels, transformers.__version__)
 
-    @property
-    def name(self) -> str:
-        """In tables."""
-        return f"transformers {self.version}, SDPA"
 
-    def at(self, task: Task) -> "Peer":
-        """The same model on a task."""
-        peer = type(self)(self.model, self.pixels, self.version)
-        peer.task = task
-        peer.inputs = peer.preprocess()
-        return peer
+class Peer:
+    """transformers as its users run it: SDPA, DynamicCache, `generate`, logits of the last row."""
+
+    kind = "SDPA"
+
+    def __init__(self, loaded: Transformers, workload: Workload):
+        self.model, self.pixels, self.workload = loaded.model, loaded.pixels, workload
+        self.name = f"transformers {loaded.version}, {self.kind}"
+        self.inputs = self.preprocess()
 
     def preprocess(self) -> dict[str, Tensor]:
-        """Pixels from the picture; token ids are taken over, which spares it the chat template."""
-        task, device = self.task, self.task.engine.device
-        pixels = self.read()
-        ids = task.prompt.token_ids[None].expand(task.batch, -1).contiguous()
-        kinds = (ids == task.engine.config.image_token_id).int()
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs["mm_token_type_ids"] = kinds
-        copies = {name: torch.cat([tensor] * task.batch) for name, tensor in pixels.items()}
-        return {name: tensor.to(device) for name, tensor in (inputs | copies).items()}
+        """The inputs of a batch padded on the left; token ids are those of the engine's prompts."""
+        prompts, engine = self.workload.prompts, self.workload.engine
+        longest = max(map(len, prompts))
+
+        def padded(rows: list[Tensor]) -> Tensor:
+            return torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+
+        ids = padded([prompt.token_ids for prompt in prompts])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": padded([torch.ones_like(prompt.token_ids) for prompt in prompts]),
+            "mm_token_type_ids": (ids == engine.config.image_token_id).int(),
+        }
+        for name, tensor in self.read().items():
+            inputs[name] = torch.cat([tensor] * self.workload.copies)
+        return {name: tensor.to(engine.device) for name, tensor in inputs.items()}
 
     def read(self) -> dict[str, Tensor]:
-        """Pixels from the picture, nothing else."""
-        return self.pixels(images=self.task.picture, return_tensors="pt")
+        """The pixels of the different pictures alone."""
+        pictures = [picture for picture, _ in self.workload.items]
+        return self.pixels(images=pictures, return_tensors="pt")
 
     @torch.inference_mode()
     def logits(self) -> Tensor:
-        """Of the last rows, [B, vocab]."""
+        """The logits of the last rows, [B, vocab]."""
         return self.model(**self.inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
 
     @torch.inference_mode()
-    def vision(self):
-        """Visual tokens."""
+    def vision(self) -> object:
+        """The output of the vision encoder."""
         patches = self.inputs["pixel_values"].to(self.model.dtype)
         return self.model.model.visual(patches, grid_thw=self.inputs["image_grid_thw"])
 
-    def tokens(self, count: int, **options) -> Tensor:
+    def tokens(self, count: int, **options: Any) -> Tensor:
         """The first tokens, [B, count]."""
         out = self.model.generate(**self.inputs, max_new_tokens=count, do_sample=False, **options)
         return out[:, self.inputs["input_ids"].shape[1] :]
 
-    def round(self, new: int) -> dict:
-        """Milliseconds by stage."""
+    @torch.inference_mode()
+    def answers(self) -> Answers:
+        """The token ids of all answers from the pictures on, each with the token that ends it."""
+        self.inputs, ends = self.preprocess(), self.workload.engine.model.eos_token_id
+        eos = {"eos_token_id": sorted(ends)} if ends else {}
+        rows = self.tokens(self.workload.args.new, **eos).tolist()
+        last = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
+        return [row[: i + 1] for row, i in zip(rows, last, strict=True)]
+
+    def round(self) -> dict[str, Any]:
+        """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
         spent = {}
         for stage in ("read", "preprocess", "vision", "logits"):
             start = now()
             getattr(self, stage)()
             spent[stage] = 1000 * (now() - start)
-        memory, moments, start = Memory(self.task.engine.device), Moments(), now()
-        self.tokens(new, streamer=moments)
+        memory, moments, start = Memory(self.workload.engine.device), Moments(), now()
+        self.tokens(self.workload.args.new, streamer=moments)
         before, tokens = spent["preprocess"] - 1000 * start, moments.of_tokens
         return {
             "pixels": spent["read"],
@@ -218,41 +265,38 @@ class Peer:
 
 
 class Static(Peer):
-    """transformers with a static cache, its decode step compiled, on a CPU as well."""
+    """transformers with a static cache and a compiled decode step, on a CPU as well."""
 
-    @property
-    def name(self) -> str:
-        """In tables."""
-        return f"transformers {self.version}, static cache, compiled"
+    kind = "static cache, compiled"
 
-    def tokens(self, count: int, **options) -> Tensor:
+    def tokens(self, count: int, **options: Any) -> Tensor:
         """As `Peer.tokens`."""
         from transformers import CompileConfig
 
-        compiled = CompileConfig()
+        compiled: Any = CompileConfig()
         compiled._compile_all_devices = True
         static = {"cache_implementation": "static", "compile_config": compiled}
         return super().tokens(count, **static, **options)
 
 
 class Moments:
-    """A streamer of transformers that notes when each token came."""
+    """A streamer for transformers that notes when each token comes."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.of_tokens: list[float] = []
         self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then each token."""
+        """Is given the prompt first, then each token."""
         if self.prompt_seen:
             self.of_tokens.append(now())
         self.prompt_seen = True
 
     def end(self) -> None:
-        """The answer ends."""
+        """Is called at the end of the answer."""
 
 
-def per_token(moments: list[float]) -> dict:
-    """Milliseconds of each token behind the first, and their mean."""
+def per_token(moments: Sequence[float]) -> dict[str, Any]:
+    """Milliseconds of each token after the first, and their mean."""
     tokens = [1000 * (after - before) for before, after in pairwise(moments)]
     return {"a token": statistics.mean(tokens), "tokens": tokens}

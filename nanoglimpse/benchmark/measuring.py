@@ -1,25 +1,33 @@
-"""Clock, memory and roofs of the device, and what ran where."""
+"""Rounds of contenders; clock, memory and roofs of the device; and a record of what ran where."""
 
 import argparse
 import platform
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nanoglimpse.benchmark import ROOT
 from nanoglimpse.benchmark.work import Cost
 from nanoglimpse.engine import Engine
 from nanoglimpse.version import VERSION
 
-# What the roofs are measured with: rows and columns of a product, bytes to read.
+# The values of all rounds, by contender and by what is measured.
+Figures = dict[str, dict[str, list[Any]]]
+# The roofs are measured with a product of matrices of this side and by reading this many bytes.
 SIDE = {"cuda": 8192, "cpu": 2048}
 READ = 2**28
+# How far logits may be from those of the same weights elsewhere, relative to their norm.
+CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def now() -> float:
@@ -30,7 +38,7 @@ def now() -> float:
 
 
 def best(call: Callable, rounds: int) -> float:
-    """Seconds of the fastest of some runs behind one that warms up."""
+    """Seconds of the fastest of some runs, after one that warms up."""
     call()
     spent = []
     for _ in range(rounds):
@@ -40,8 +48,46 @@ def best(call: Callable, rounds: int) -> float:
     return min(spent)
 
 
+def run_rounds(
+    title: str, contenders: Mapping[str, Callable[[], Mapping[str, Any]]], rounds: int
+) -> Figures:
+    """What the contenders measure in rounds that alternate between them; the first one warms up."""
+    figures: Figures = {name: defaultdict(list) for name in contenders}
+    for number in range(rounds + 1):
+        say(f"{title}: round {number} of {rounds}")
+        for name, contender in contenders.items():
+            for key, value in contender().items():
+                if number:
+                    figures[name][key].append(value)
+    return figures
+
+
+def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """The median over rounds of how many times as fast the second contender is."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def differences(what: str, engine: Engine, logits: Tensor, expected: Tensor) -> list[str]:
+    """A line if logits are further apart than the precision of the engine explains."""
+    error, limit = distance(logits, expected), CLOSE[engine.dtype]
+    return [] if error <= limit else [f"{what} differ by {error:.1e}, more than {limit:g}"]
+
+
+def distance(logits: Tensor, expected: Tensor) -> float:
+    """The largest distance of a row of logits from the expected one, relative to its norm."""
+    error = (logits.float() - expected.float()).norm(dim=-1)
+    return float((error / expected.float().norm(dim=-1)).max())
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile."""
+    values = sorted(values)
+    fifth = len(values) // 5
+    return values[fifth], values[-1 - fifth]
+
+
 class Memory:
-    """The most memory since it was made: on a GPU beyond what there was, else of the process."""
+    """The peak of memory since it was made: on a GPU without what was in use before."""
 
     def __init__(self, device: torch.device):
         self.device, self.before = device, 0
@@ -49,8 +95,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            with suppress(OSError):  # no Linux
-                Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what there is now
+            with suppress(OSError):  # Only Linux has this file; it sets the peak to the present.
+                Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
         """Bytes."""
@@ -60,7 +106,7 @@ class Memory:
 
 
 def resident(line: str = "VmRSS") -> int:
-    """Bytes of the process, at most if VmHWM; 0 where the system does not say."""
+    """Bytes of the process, or their peak for VmHWM; 0 where the system does not tell."""
     with suppress(OSError):
         for found in Path("/proc/self/status").read_text().splitlines():
             if found.startswith(line):
@@ -69,7 +115,7 @@ def resident(line: str = "VmRSS") -> int:
 
 
 class Roofs:
-    """What the device reaches: FLOP/s of a large product, bytes/s of reading, in this dtype."""
+    """What the device reaches in a dtype: FLOP/s of a large product, and bytes/s of reading."""
 
     def __init__(self, engine: Engine):
         device, dtype, ops = engine.device, engine.dtype, engine.model.ops
@@ -85,12 +131,12 @@ class Roofs:
             self.bandwidth = READ / min(best(call, 5) for call in reads)
 
     def floor(self, cost: Cost) -> float:
-        """Milliseconds."""
+        """The least milliseconds that a device with these roofs needs."""
         return 1000 * cost.seconds(self.rate, self.bandwidth)
 
 
 def machine(args: argparse.Namespace, engine: Engine, roofs: Roofs) -> dict:
-    """What ran where."""
+    """A record of the device, the software and the model."""
     cuda = engine.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(engine.device) if cuda else "cpu",
@@ -111,13 +157,13 @@ def machine(args: argparse.Namespace, engine: Engine, roofs: Roofs) -> dict:
 
 
 def commit() -> str:
-    """Of this checkout, marked if it has changes; empty elsewhere."""
+    """The commit of this checkout, marked if there are changes; empty outside a checkout."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def say(line: str) -> None:
-    """Progress, on a terminal only."""
+    """Shows progress, on a terminal only."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)

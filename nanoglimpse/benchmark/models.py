@@ -1,27 +1,32 @@
-"""What is timed: the checkpoint named, or an engine of a shape with random weights."""
+"""What is timed: an engine, of a checkpoint or with random weights, and the prompts it answers."""
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
+from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from nanoglimpse import weights
-from nanoglimpse.config import Config, GlimpseConfig, parse_config, read_json
+from nanoglimpse.config import Config, parse_config, read_glimpse_config, read_json
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import UsageError
-from nanoglimpse.inputs.images import preprocess_image
-from nanoglimpse.inputs.processor import Processor
+from nanoglimpse.inference.session import Session
+from nanoglimpse.inputs.processor import Processor, as_visuals
 from nanoglimpse.inputs.prompt import Prompt
+from nanoglimpse.inputs.video import Visual
 from nanoglimpse.kernels.backends import select
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.quantize import check_supported
 from nanoglimpse.loader import load
+from nanoglimpse.methods.base import PruningMethod
 from nanoglimpse.methods.context import Decision, PruningContext
 from nanoglimpse.methods.glimpse import GlimpsePrune
+from nanoglimpse.methods.schedule import two_thirds
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.device import find_device, find_dtype
 from nanoglimpse.model.glimpse import Glimpse
@@ -30,19 +35,30 @@ from nanoglimpse.model.vision import VisionEncoder
 from nanoglimpse.weights.checkpoint import fill
 from nanoglimpse.weights.load import build
 from nanoglimpse.weights.mapping import parts
+from nanoglimpse.world import BRIEF_SUFFIX
 
+# Pictures and questions of different sizes; the first ones are those of a single prompt.
+SIDES = (1.0, 0.5, 0.75, 0.25)
+QUESTIONS = (
+    "Which number does the diamond show?",
+    "What shape is the object with 8?" + BRIEF_SUFFIX,
+    "How many red objects are there?",
+)
+# Without a tokenizer: lengths of the questions, as multiples of --text.
+LENGTHS = (1.0, 0.4, 1.7)
 CONFIGS = Path(weights.__file__).parent / "configs"
 
 
-def stored_engine(args: argparse.Namespace) -> Engine:
-    """The checkpoint named."""
-    engine = load(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        backend=args.backend,
-        quantize=args.quantize,
-    )
+def make_engine(args: argparse.Namespace) -> Engine:
+    """The engine that the options name: a checkpoint, or a shape with random weights.
+
+    Raises:
+        UsageError, NanoglimpseError: as `load`; also where there is no such shape.
+    """
+    if args.shape:
+        return random_engine(args)
+    names = ("device", "dtype", "backend", "quantize")
+    engine = load(args.model, **{name: getattr(args, name) for name in names})
     if not engine.processor.tokenizer:
         raw = engine.processor.pixels.raw
         engine.processor = Untokenized(engine.processor.folder, engine.config, raw)
@@ -50,30 +66,27 @@ def stored_engine(args: argparse.Namespace) -> Engine:
 
 
 class Untokenized(Processor):
-    """Where there is no tokenizer: questions are numbers of text tokens, answers have no text."""
+    """A processor without a tokenizer: a question is a number of tokens, an answer has no text."""
 
-    def prompt(self, images: Image.Image, question: int) -> Prompt:
-        """A picture in the middle of so many tokens."""
-        config = self.config
-        patches, grid = preprocess_image(images, config=self.pixels)
-        count = grid[1] * grid[2] // config.vision_config.merge_unit
-        text = [5 + i % 90 for i in range(question)]
+    def prompt(
+        self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options: Any
+    ) -> Prompt:
+        """A picture in the middle of as many text tokens as the question says."""
+        text = [5 + i % 90 for i in range(int(str(question)))]
         half = len(text) // 2
-        ids = [*text[:half], config.vision_start_token_id, *[config.image_token_id] * count]
-        ids += [config.vision_end_token_id, *text[half:]]
-        return Prompt.from_tokens(ids, patches, [grid], config=config)
+        return self.fill([*text[:half], *as_visuals(images), *text[half:]])
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Nothing."""
+        """The empty text."""
         return ""
 
 
-def shape_config(args: argparse.Namespace) -> dict:
-    """config.json of a shape, with fewer layers if asked."""
-    file = CONFIGS / f"qwen2.5-vl-{args.shape}.json"
-    file = file if args.shape in ("3b", "7b") else Path(args.shape)
-    if not file.is_file():
-        raise UsageError(f"there is no shape {file}; give 3b, 7b or a config.json")
+def shape_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The config.json of a shape, with fewer layers if the options say so."""
+    known = args.shape in ("3b", "7b")
+    file = CONFIGS / f"qwen2.5-vl-{args.shape}.json" if known else Path(args.shape)
+    if not file.exists():
+        raise UsageError(f"there is no shape {args.shape}; choose 3b, 7b or a config.json")
     config = read_json(file)
     if args.layers:
         config["num_hidden_layers"] = config["vision_config"]["depth"] = args.layers
@@ -86,12 +99,12 @@ def shape_config(args: argparse.Namespace) -> dict:
 def random_tensors(
     module: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Random (file, name, tensor) for all that `module` loads; the same in every call."""
+    """Random (file, name, tensor) for everything that `module` loads; equal in every call."""
     shapes = {name: p.shape for name, p in module.named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
     for name, part in parts(module).items():
         shape = (part.stop - part.start, *shapes[part.name][1:])
-        # Drawn in fp32 whatever the dtype, so that the same model can be had in several.
+        # Drawn in fp32, so that engines of several dtypes have the same weights.
         draw = torch.empty(shape, device=device)
         draw.normal_(0, 0.02 if len(shape) == 1 else shape[1] ** -0.5, generator=generator)
         yield "random", name, (draw + 1 if "norm" in name or "ln_q" in name else draw).to(dtype)
@@ -104,43 +117,40 @@ def skeleton(config: Config, ops: Ops) -> nn.ModuleDict:
     return nn.ModuleDict({"vision": vision, "decoder": decoder})
 
 
-def random_engine(args: argparse.Namespace, quantize: str | None) -> Engine:
+def random_engine(args: argparse.Namespace) -> Engine:
     """A model of a shape, with glimpse weights, on the device."""
     device = find_device(args.device)
     ops, config = select(args.backend, device), parse_config(shape_config(args), args.shape)
     dtype = find_dtype(args.dtype, device, config)
-    if quantize:
-        check_supported(quantize, device, dtype)
+    if args.quantize:
+        check_supported(args.quantize, device, dtype)
     tensors = random_tensors(skeleton(config, ops), device, dtype)
-    vision, decoder = build(config, ops, tensors, dtype, device, quantize=quantize)
+    vision, decoder = build(config, ops, tensors, dtype, device, quantize=args.quantize)
     vision.pack(ops)
     decoder.pack(ops)
     glimpse = random_glimpse(config, ops, device, dtype)
-    # Answers that may end do so at different places, half of them before half of their room.
+    # Answers that may end do so at different places, half of them in the first half.
     eos = frozenset(range(0, config.text_config.vocab_size, max(args.new // 2, 2)))
-    model = Model(args.shape, config, vision, decoder, glimpse, eos, ops, quantize)
+    model = Model(args.shape, config, vision, decoder, glimpse, eos, ops, args.quantize)
     return Engine(model, Untokenized(CONFIGS, config, raw=device.type == "cuda"))
 
 
 def random_glimpse(config: Config, ops: Ops, device: torch.device, dtype: torch.dtype) -> Glimpse:
     """Glimpse weights of the published sizes for a model of any depth."""
-    published = read_json(CONFIGS / "glimpseprune-3b.json")
-    depth = config.text_config.num_hidden_layers
-    last = config.vision_config.depth - 1
-    known = {f.name: published[f.name] for f in fields(GlimpseConfig) if f.name in published}
-    known |= {
-        "reduce_layer": -(-2 * depth // 3) - 1,
-        "selected_layers": [-(-2 * depth // 3) - 1],
-        "le_layers": range(depth),
-        "selected_visual_layers": sorted({last - i * (last + 1) // 4 for i in range(4)})[::-1],
-    }
-    known = {k: tuple(v) if isinstance(v, list | range) else v for k, v in known.items()}
-    with torch.device("meta"):
-        glimpse = Glimpse(config, GlimpseConfig(**known), ops)
-    module = nn.ModuleDict({"predictor": glimpse.predictor})
-    fill(
-        module, random_tensors(module, device, dtype), parts(module), lambda _: False, dtype, device
+    depth, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
+    layer, taps = two_thirds(depth) - 1, {blocks - 1 - i * blocks // 4 for i in range(4)}
+    published = replace(
+        read_glimpse_config(CONFIGS / "glimpseprune-3b.json")[1],
+        reduce_layer=layer,
+        selected_layers=(layer,),
+        le_layers=tuple(range(depth)),
+        selected_visual_layers=tuple(sorted(taps, reverse=True)),
     )
+    with torch.device("meta"):
+        glimpse = Glimpse(config, published, ops)
+    module = nn.ModuleDict({"predictor": glimpse.predictor})
+    tensors = random_tensors(module, device, dtype)
+    fill(module, tensors, parts(module), lambda _: False, dtype, device)
     vectors = torch.randn(depth, config.text_config.hidden_size).to(device, dtype)
     glimpse.vectors = nn.Parameter(vectors, requires_grad=False)
     return glimpse
@@ -153,11 +163,73 @@ class Forced(GlimpsePrune):
         self.share_kept, self.name = share, f"pruned to {share:.1%}"
 
     def choose(self, context: PruningContext) -> Decision:
-        """The share of each prompt's visual tokens."""
+        """Keeps the share of each prompt's visual tokens."""
         decision = super().choose(context)
         kept = torch.zeros_like(decision.kept)
         for own in context.prompts():
             count = own.stop - own.start
-            left = max(round(self.share_kept * count), 1)
-            kept[own.start + torch.arange(left, device=kept.device) * count // left] = True
+            few = max(round(self.share_kept * count), 1)
+            kept[own.start + torch.arange(few, device=kept.device) * count // few] = True
         return replace(decision, kept=kept)
+
+
+class Workload:
+    """The prompts to answer, with their pictures and questions.
+
+    Args:
+        engine: makes the prompts.
+        args: the options of the command line.
+        visual: visual tokens of the largest picture; 0 for the picture that the options name.
+        count: number of different prompts; all but the first have other sizes.
+        copies: copies of each prompt in a batch.
+
+    Attributes:
+        items: the picture and the question of each different prompt.
+        prompts: all prompts of the batch.
+    """
+
+    def __init__(
+        self, engine: Engine, args: argparse.Namespace, visual: int, count: int = 1, copies: int = 1
+    ):
+        self.engine, self.args, self.copies = engine, args, copies
+        self.items = [
+            (make_picture(args, visual, SIDES[i % len(SIDES)]), make_question(engine, args, i))
+            for i in range(count)
+        ]
+        self.prompts = [engine.prompt(*item) for item in self.items] * copies
+
+    def preprocess(self) -> Prompt:
+        """The first prompt, made again from its picture."""
+        return self.engine.prompt(*self.items[0])
+
+    def begin(self, method: str | PruningMethod) -> tuple[Session, list[int]]:
+        """A session that has encoded the first picture, and the token ids of its question."""
+        prompt = self.preprocess()
+        stop = int(prompt.visual.nonzero()[-1]) + 2  # after <|vision_end|>
+        shown, question = prompt.token_ids.tensor_split([stop])
+        config = self.engine.config
+        begun = Prompt.from_tokens(shown, prompt.patches, prompt.grids, config=config)
+        return self.engine.session(begun, method), question.tolist()
+
+
+def make_picture(args: argparse.Namespace, visual: int, side: float) -> Image.Image:
+    """A picture of noise, or the one that the options name, with its sides scaled."""
+    if visual:
+        return noise(max(round(visual * side * side), 1))
+    whole = Image.open(args.image).convert("RGB")
+    width, height = (max(round(side * length), 1) for length in whole.size)
+    return whole.resize((width, height))
+
+
+def noise(visual: int) -> Image.Image:
+    """Noise of a number of visual tokens, as square as their number allows."""
+    root = isqrt(visual)
+    rows = next((r for r in range(root, root // 2, -1) if visual % r == 0), root)
+    return Image.effect_noise((28 * max(visual // rows, 1), 28 * rows), 64).convert("RGB")
+
+
+def make_question(engine: Engine, args: argparse.Namespace, number: int) -> str:
+    """A question; without a tokenizer, the number of its tokens."""
+    if engine.processor.tokenizer:
+        return QUESTIONS[number % len(QUESTIONS)]
+    return str(max(round(args.text * LENGTHS[number % len(LENGTHS)]), 1))

@@ -1,8 +1,9 @@
 """Every operation of the backend alone, beside the best of torch's own ways."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,126 +16,114 @@ from nanoglimpse.engine import Engine
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.varlen import Segments
 
+# A name, what runs the operation on the backend, torch's own ways to compute the same, the FLOPs,
+# and the number of elements that are read and written.
+Operation = tuple[str, Callable[[], object], Sequence[Callable[[], object]], int, int]
 
-def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> list[dict]:
-    """Every operation of the backend beside the best of torch's own ways."""
+
+def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints a table of all operations at the shapes of a model; returns the JSON entries."""
     rows, entries = [], []
-    for name, ours, others, cost in operations(engine, args.visual_tokens[0] + args.text):
+    for name, ours, others, flops, elements in operations(
+        engine, args.visual_tokens[0] + args.text
+    ):
         say(name)
         with torch.inference_mode():
-            own, rival = best(ours, args.rounds), min(best(c, args.rounds) for c in others)
+            own, rival = best(ours, args.rounds), min(best(way, args.rounds) for way in others)
+        cost = Cost(flops, elements * engine.dtype.itemsize)
         compute = cost.flops / roofs.rate > cost.bytes / roofs.bandwidth
-        amount = cost.flops / own / 1e9 if compute else cost.bytes / own / 1e9
-        roof = 1e-9 * (roofs.rate if compute else roofs.bandwidth)
-        unit = "GFLOP/s" if compute else "GB/s"
-        rate, of_roof = f"{amount:.1f} {unit}", f"{amount / roof:.0%}"
-        rows.append(
-            [name, *(f"{1e3 * t:.3f}" for t in (own, rival)), f"{rival / own:.2f}", rate, of_roof]
-        )
-        entries.append({"name": name, "ms": 1e3 * own, "torch_ms": 1e3 * rival, unit: amount})
-        entries[-1]["of_roof"] = amount / roof
+        unit, roof = ("GFLOP/s", roofs.rate) if compute else ("GB/s", roofs.bandwidth)
+        amount = (cost.flops if compute else cost.bytes) / own
+        times = [f"{1e3 * own:.3f}", f"{1e3 * rival:.3f}", f"{rival / own:.2f}"]
+        rows.append([name, *times, f"{amount / 1e9:.1f} {unit}", f"{amount / roof:.0%}"])
+        entry = {"name": name, "ms": 1e3 * own, "torch_ms": 1e3 * rival, unit: amount / 1e9}
+        entries.append(entry | {"of_roof": amount / roof})
     table(["operation", "ms", "torch's best ms", "×", "rate", "of the roof"], rows)
     return entries
 
 
-Operation = tuple[str, Callable, list[Callable], Cost]
-
-
 def operations(engine: Engine, rows: int) -> Iterator[Operation]:
-    """(name, ours, torch's ways, cost) at the shapes of the model."""
-    for part in (_attention, _elementwise, _gather, _products):
-        yield from part(engine, rows)
+    """All operations on a number of rows, from random inputs."""
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(shape, device=engine.device).to(engine.dtype)
+
+    text = engine.config.text_config
+    x, q = make(rows, text.hidden_size), make(rows, text.num_attention_heads, text.head_dim)
+    caches = make(2, text.num_hidden_layers, rows, text.num_key_value_heads, text.head_dim)
+    gate_up = make(rows, 2 * text.intermediate_size)
+    yield from _attention(engine, q, caches[0, 0], caches[1, 0])
+    yield from _row_by_row(engine, x, q, gate_up)
+    yield _gather(engine, x, caches)
+    yield from _products(engine, x, make(2 * text.intermediate_size, text.hidden_size))
 
 
-def _draw(engine: Engine, *shape: int) -> Tensor:
-    return torch.randn(shape, device=engine.device).to(engine.dtype)
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]
-
-
-def _attention(engine: Engine, rows: int) -> Iterator[Operation]:
-    ops, text, make = engine.model.ops, engine.config.text_config, partial(_draw, engine)
-    heads, kv, width = text.num_attention_heads, text.num_key_value_heads, text.head_dim
-    one, segments = engine.dtype.itemsize, Segments([rows], engine.device)
-    q, k, v = make(rows, heads, width), make(rows, kv, width), make(rows, kv, width)
-    sdpa = partial(F.scaled_dot_product_attention, *map(_heads_first, (q, k, v)), enable_gqa=True)
-    wide = partial(F.scaled_dot_product_attention, _heads_first(q))
-    repeated = [_heads_first(x.repeat_interleave(heads // kv, 1)) for x in (k, v)]
-    moved = (2 * q.numel() + 2 * k.numel()) * one
+def _attention(engine: Engine, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Operation]:
+    ops, sdpa, last = engine.model.ops, F.scaled_dot_product_attention, q[-1:]
+    rows, segments = len(q), Segments([len(q)], engine.device)
+    query, one, keys, values = (x.transpose(0, 1)[None] for x in (q, last, k, v))
+    repeated = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values)]
     yield (
         "prefill attention",
         lambda: ops.attention(q, k, v, segments, causal=True),
-        [partial(sdpa, is_causal=True), lambda: wide(*repeated, is_causal=True)],
-        Cost(2 * rows * rows * heads * width, moved),
+        [
+            lambda: sdpa(query, keys, values, is_causal=True, enable_gqa=True),
+            lambda: sdpa(query, repeated[0], repeated[1], is_causal=True),
+        ],
+        2 * rows * q.numel(),
+        2 * q.numel() + 2 * k.numel(),
     )
     yield (
         "decode attention",
-        lambda: ops.decode_attention(q[:1], _heads_first(k), _heads_first(v), [0], [rows]),
-        [
-            lambda: F.scaled_dot_product_attention(
-                _heads_first(q[:1]), _heads_first(k), _heads_first(v), enable_gqa=True
-            )
-        ],
-        Cost(4 * rows * heads * width, 2 * k.numel() * one),
+        lambda: ops.decode_attention(last, keys, values, [0], [rows]),
+        [lambda: sdpa(one, keys, values, enable_gqa=True)],
+        4 * q.numel(),
+        2 * k.numel(),
     )
 
 
-def _elementwise(engine: Engine, rows: int) -> Iterator[Operation]:
-    ops, text, make = engine.model.ops, engine.config.text_config, partial(_draw, engine)
-    size, width, one = text.hidden_size, text.head_dim, engine.dtype.itemsize
-    x, weight = make(rows, size), make(size)
+def _row_by_row(engine: Engine, x: Tensor, q: Tensor, gate_up: Tensor) -> Iterator[Operation]:
+    ops, weight, half = engine.model.ops, torch.randn_like(x[0]), q.shape[-1] // 2
+    (gate, up), norm = gate_up.chunk(2, -1), partial(F.rms_norm, x, x.shape[-1:])
+    rope = Rope.of(torch.randn(len(q), half, device=engine.device))
     yield (
         "RMSNorm",
         lambda: ops.rms_norm(x, weight, 1e-6),
-        [lambda: F.rms_norm(x, (size,), weight, 1e-6)],
-        Cost(4 * x.numel(), 2 * x.numel() * one),
+        [lambda: norm(weight, 1e-6)],
+        4 * x.numel(),
+        2 * x.numel(),
     )
-    gate_up = make(rows, 2 * text.intermediate_size)
-    gate, up = gate_up.chunk(2, -1)
     yield (
         "SwiGLU",
         lambda: ops.swiglu(gate_up),
         [lambda: F.silu(gate) * up],
-        Cost(4 * gate.numel(), 3 * gate.numel() * one),
+        4 * gate.numel(),
+        3 * gate.numel(),
     )
-    q = make(rows, text.num_attention_heads, width)
-    rope = Rope.of(torch.randn(rows, width // 2, device=engine.device))
     yield (
         "rotation",
         lambda: ops.rotate(q, rope),
-        [lambda: (q * rope.cos + q.roll(width // 2, -1) * rope.sin).type_as(q)],
-        Cost(3 * q.numel(), 2 * q.numel() * one),
+        [lambda: (q * rope.cos + q.roll(half, -1) * rope.sin).type_as(q)],
+        3 * q.numel(),
+        2 * q.numel(),
     )
 
 
-def _gather(engine: Engine, rows: int) -> Iterator[Operation]:
-    ops, text, make = engine.model.ops, engine.config.text_config, partial(_draw, engine)
-    shape = (text.num_hidden_layers, rows, text.num_key_value_heads, text.head_dim)
-    size, one = text.hidden_size, engine.dtype.itemsize
-    cache = make(*shape), make(*shape)
-    kept = torch.arange(0, rows, 9, device=engine.device)
-    hidden, room = make(rows, size), [torch.empty_like(c[:, : len(kept)]) for c in cache]
-    moved = 2 * len(kept) * (2 * text.num_hidden_layers * shape[2] * shape[3] + size) * one
-    yield (
+def _gather(engine: Engine, x: Tensor, caches: Tensor) -> Operation:
+    kept = torch.arange(0, len(x), 9, device=engine.device)
+    new, (keys, values) = slice(0, len(kept)), caches
+    to_keys, to_values = torch.empty_like(caches[:, :, new])
+    return (
         "cache keep",
-        lambda: ops.gather(*cache, hidden, kept, *room, slice(0, len(kept))),
-        [lambda: ([c.index_select(1, kept) for c in cache], hidden[kept])],
-        Cost(0, moved),
+        lambda: engine.model.ops.gather(keys, values, x, kept, to_keys, to_values, new),
+        [lambda: ([cache.index_select(1, kept) for cache in (keys, values)], x[kept])],
+        0,
+        2 * (to_keys.numel() + to_values.numel() + len(kept) * x.shape[-1]),
     )
 
 
-def _products(engine: Engine, rows: int) -> Iterator[Operation]:
-    ops, text, make = engine.model.ops, engine.config.text_config, partial(_draw, engine)
-    size, inner, one = text.hidden_size, text.intermediate_size, engine.dtype.itemsize
-    x = make(rows, size)
-    matrix = make(2 * inner, size)
-    packed = ops.pack(matrix)
+def _products(engine: Engine, x: Tensor, matrix: Tensor) -> Iterator[Operation]:
+    ops, packed = engine.model.ops, engine.model.ops.pack(matrix)
     for name, some in (("product, all rows", x), ("product, one row", x[:1])):
-        yield (
-            name,
-            partial(ops.linear, some, packed, None),
-            [partial(F.linear, some, matrix)],
-            Cost(2 * len(some) * matrix.numel(), (matrix.numel() + some.numel()) * one),
-        )
+        ours, theirs = partial(ops.linear, some, packed, None), partial(F.linear, some, matrix)
+        yield name, ours, [theirs], 2 * len(some) * matrix.numel(), matrix.numel() + some.numel()

@@ -1,168 +1,143 @@
-"""Tables of a case, its entry in the JSON line, and what was gained by what."""
+"""The tables of a case, its entry in the JSON line, and a line about what was gained."""
 
-import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
 from nanoglimpse.benchmark.cases import Case
 from nanoglimpse.benchmark.contenders import Ours
-from nanoglimpse.benchmark.work import Cost
+from nanoglimpse.benchmark.measuring import speedup, spread
 from nanoglimpse.flops import decoder, predict
 
 BETWEEN = ("pixels", "preprocess", "vision", "all prefill", "first token", "a token", "end to end")
 
 
-def report(case: Case) -> dict:
-    """Prints the tables; what goes into the JSON line."""
+def report(case: Case) -> dict[str, Any]:
+    """Prints the tables; returns the entry of the JSON line."""
     print(f"\n{case.title}, {case.args.new} new tokens, medians of {case.args.rounds} rounds")
-    ours = [name for name, arm in case.arms.items() if isinstance(arm, Ours)]
-    entry = {"title": case.title, "visual_tokens": case.visual, "batch": case.task.batch}
-    entry["arms"] = {name: _arm(case, name) for name in ours}
-    for name in case.arms:
-        if name not in ours:
-            entry["arms"][name] = {"ms": {s: _rounded(case, name, s) for s in BETWEEN}}
-    entry["ratios"] = _ratios(case, ours)
-    return entry
+    entries = {name: _stages(case, name, ours) for name, ours in case.ours.items()}
+    for name in case.peers:
+        entries[name] = {"ms": {stage: round(case.middle(name, stage), 4) for stage in BETWEEN}}
+    print("\nmilliseconds")
+    cells = [[named(s), *(f"{case.middle(n, s):.2f}" for n in entries)] for s in BETWEEN]
+    table(["", *entries], cells)
+    return {
+        "title": case.title,
+        "visual_tokens": case.visual,
+        "batch": len(case.workload.prompts),
+        "arms": entries,
+        "ratios": _ratios(case),
+    }
 
 
-def _rounded(case: Case, name: str, stage: str) -> float | None:
-    value = case.middle(name, stage)
-    return None if value is None else round(value, 4)
-
-
-def _arm(case: Case, name: str) -> dict:
-    """One of our arms, stage by stage."""
-    arm = case.arms[name]
-    costs, floors = case.costs(arm), case.floors(arm)
-    total, rows, entry = case.middle(name, "end to end"), [], {}
-    for stage in [s for s in case.figures[name] if s not in ("memory", "tokens")]:
+def _stages(case: Case, name: str, ours: Ours) -> dict[str, Any]:
+    """Prints one of our contenders stage by stage; returns its entry of the JSON line."""
+    costs, floors, figures = ours.costs, ours.floors(case.roofs), case.figures[name]
+    entry: dict[str, Any] = {}
+    rows, total = [], case.middle(name, "end to end")
+    for stage in [stage for stage in figures if stage not in ("memory", "tokens")]:
         value, cost, floor = case.middle(name, stage), costs.get(stage), floors.get(stage)
-        share = value * (case.args.new - 1 if stage == "a token" else 1) / total
+        share = f"{value * (case.args.new - 1 if stage == 'a token' else 1) / total:.1%}"
         # Questions to a session stand beside the answer, and pixels are a part of preprocessing.
-        asked = stage.endswith("question") or stage == "pixels"
-        rows.append(
-            [
-                named(stage),
-                f"{value:.2f}",
-                "" if asked else f"{share:.1%}",
-                f"{cost.flops / 1e9:.2f}" if cost else "",
-                f"{cost.bytes / 1e6:.2f}" if cost else "",
-                "" if floor is None else f"{floor:.3f}",
-                "" if not floor else f"{value / floor:.2f}",
-            ]
-        )
-        entry[stage] = {"ms": round(value, 4), "floor_ms": floor}
-        entry[stage] |= cost._asdict() if cost else {}
-    p20, p80 = spread([ms for tokens in case.figures[name]["tokens"] for ms in tokens])
+        beside = stage.endswith("question") or stage == "pixels"
+        amounts = (cost.flops / 1e9, cost.bytes / 1e6) if cost else (None, None)
+        cells = [shown(value), "" if beside else share, *map(shown, amounts)]
+        times = shown(value / floor if floor else None)
+        rows.append([named(stage), *cells, shown(floor, ".3f"), times])
+        entry[stage] = {"ms": round(value, 4), "floor_ms": floor, **(asdict(cost) if cost else {})}
+    p20, p80 = spread([ms for tokens in figures["tokens"] for ms in tokens])
     entry["a token"] |= {"p20": round(p20, 4), "p80": round(p80, 4)}
-    table([f"{name}", "ms", "share", "GFLOP", "MB", "floor ms", "× floor"], rows)
+    table([name, "ms", "share", "GFLOP", "MB", "floor ms", "× floor"], rows)
     of_what = "beyond the models" if case.engine.device.type == "cuda" else "of the process"
-    memory, (kv_rows, kv_bytes) = case.middle(name, "memory"), arm.kv
+    memory, (_, kv_rows, kv_bytes) = case.middle(name, "memory"), ours.counts
     print(
         f"a token, p20 to p80: {p20:.2f} to {p80:.2f} ms; KV {kv_rows} rows, "
         f"{kv_bytes / 1e6:.2f} MB; peak memory {memory / 1e6:.1f} MB {of_what}"
     )
-    entry["kv_rows"], entry["kv_bytes"], entry["peak_bytes"] = kv_rows, kv_bytes, memory
-    entry |= _conventions(case, arm, costs)
-    return entry
+    entry |= {"kv_rows": kv_rows, "kv_bytes": kv_bytes, "peak_bytes": memory}
+    return entry | _conventions(case, ours)
 
 
-def _conventions(case: Case, arm: Ours, costs: dict[str, Cost]) -> dict:
-    """FLOPs of the decoder's prefill, counted exactly and as the paper does."""
-    exact = sum(costs[s].flops for s in [*case.stages, "lm_head"] if s != "vision")
-    paper = decoder(case.engine.config.text_config, arm.rows.paper_prefill())
-    if arm.method != "dense":
-        paper += predict(case.engine.glimpse.predictor, case.task.prompt.grids)
-    paper *= case.task.batch
+def _conventions(case: Case, ours: Ours) -> dict[str, float]:
+    """The FLOPs of the decoder's prefill, counted exactly and as the paper does."""
+    exact = sum(ours.costs[stage].flops for stage in ours.prefill_stages())
+    paper = decoder(case.engine.config.text_config, ours.counts[0].paper_prefill())
+    prompts = case.workload.prompts
+    if ours.method != "dense":
+        paper += predict(case.engine.model.glimpse_weights.predictor, prompts[0].grids)
+    paper *= len(prompts)
     print(f"prefill {exact / 1e9:.2f} GFLOP; {paper / 1e9:.2f} by the paper's convention")
     return {"prefill_flops": exact, "prefill_flops_paper": paper}
 
 
-def _ratios(case: Case, ours: list[str]) -> dict:
-    """Speed-ups, of the engine over transformers and of pruning over dense, and ceilings."""
-    peer, *others = [name for name, arm in case.arms.items() if not isinstance(arm, Ours)] or [None]
-    dense_floor, result, rows = case.floors(case.arms["dense"]), {}, []
-    head = [""]
-    if peer:
-        head += ["engine over transformers", "ceiling"]
-    head += ["engine over static"] * len(others)
-    for name in ours[1:]:
-        head += [f"{name} over dense", "ceiling"] + (["over transformers"] if peer else [])
+def _ratios(case: Case) -> dict[str, dict[str, float | None]]:
+    """Speed-ups of the engine over transformers and of pruning over dense, with their ceilings."""
+    floors = {name: ours.floors(case.roofs) for name, ours in case.ours.items()}
+    pruned, peers = [name for name in case.ours if name != "dense"], [*case.peers]
+    result: dict[str, dict[str, float | None]] = {}
     for stage in BETWEEN:
-        row, entry = [named(stage)], {}
-        if peer:
-            entry["engine"] = _ratio(case, peer, "dense", stage)
-            floor = dense_floor.get(stage)
-            entry["engine_ceiling"] = case.middle(peer, stage) / floor if floor else None
-            row += [shown(entry["engine"]), shown(entry["engine_ceiling"])]
-        for other in others:
-            entry["engine_static"] = _ratio(case, other, "dense", stage)
-            row += [shown(entry["engine_static"])]
-        for name in ours[1:]:
-            floor = case.floors(case.arms[name]).get(stage)
-            entry[name] = _ratio(case, "dense", name, stage)
-            entry[f"{name}_ceiling"] = dense_floor[stage] / floor if floor else None
-            row += [shown(entry[name]), shown(entry[f"{name}_ceiling"])]
-            if peer:
-                entry[f"{name}_both"] = _ratio(case, peer, name, stage)
-                row += [shown(entry[f"{name}_both"])]
-        result[stage] = entry
-        rows.append(row)
-    print("\nmilliseconds")
-    cells = [[named(s), *(f"{case.middle(n, s):.2f}" for n in case.arms)] for s in BETWEEN]
-    table(["", *case.arms], cells)
+        times = {name: figures[stage] for name, figures in case.figures.items()}
+        least, entry = floors["dense"].get(stage), result.setdefault(stage, {})
+        if peers:
+            entry["engine"] = speedup(times[peers[0]], times["dense"])
+            entry["engine_ceiling"] = case.middle(peers[0], stage) / least if least else None
+        if peers[1:]:
+            entry["engine_static"] = speedup(times[peers[1]], times["dense"])
+        for name in pruned:
+            entry[name] = speedup(times["dense"], times[name])
+            entry[f"{name}_ceiling"] = least / floors[name][stage] if least else None
+            if peers:
+                entry[f"{name}_both"] = speedup(times[peers[0]], times[name])
     print("\ntimes as fast; a ceiling is what this engine's floor would give")
-    table(head, rows)
+    rows = [[named(stage), *map(shown, entry.values())] for stage, entry in result.items()]
+    table(["", *map(_heading, result["a token"])], rows)
     return result
 
 
-def _ratio(case: Case, over: str, under: str, stage: str) -> float:
-    """The median over rounds of the quotient."""
-    pairs = zip(case.figures[over][stage], case.figures[under][stage], strict=True)
-    return statistics.median(theirs / ours for theirs, ours in pairs)
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    """The 20th and the 80th percentile."""
-    values = sorted(values)
-    fifth = len(values) // 5
-    return values[fifth], values[-1 - fifth]
+def _heading(key: str) -> str:
+    """The head of a column of ratios."""
+    known = {"engine": "engine over transformers", "engine_static": "engine over static"}
+    for ending, words in (("_ceiling", "ceiling"), ("_both", "over transformers")):
+        if key.endswith(ending):
+            return words
+    return known.get(key, f"{key} over dense")
 
 
 def named(stage: str) -> str:
-    """A stage in a table."""
+    """The name of a stage in a table."""
     return "prefill, all" if stage == "all prefill" else stage
 
 
-def shown(ratio: float | None) -> str:
-    """A ratio in a table."""
-    return "" if ratio is None else f"{ratio:.2f}"
+def shown(value: float | None, form: str = ".2f") -> str:
+    """A number in a table; empty if there is none."""
+    return "" if value is None else f"{value:{form}}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as they need to be, the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns as wide as they need to be; the first one is left-aligned."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  ".join(cells).rstrip())
 
 
-def gains(case: dict) -> str:
+def gains(case: dict[str, Any]) -> str:
     """What was gained by what, in a line."""
-    prefill, token = case["ratios"]["all prefill"], case["ratios"]["a token"]
-    first = case["ratios"]["first token"]
-    parts_of = []
+    entries, ratios = case["arms"], case["ratios"]
+    prefill, token, first = (ratios[s] for s in ("all prefill", "a token", "first token"))
+    parts = []
     if "engine" in first:
-        parts_of.append(
+        parts.append(
             f"the engine makes the first token {first['engine']:.2f}, a token "
             f"{token['engine']:.2f} times as fast as transformers"
         )
-    arms = case["arms"]
-    for name in [n for n in arms if "kv_rows" in arms[n] and n != "dense"]:
-        rows = arms["dense"]["kv_rows"] / arms[name]["kv_rows"]
-        parts_of.append(
+    for name in [name for name in entries if "kv_rows" in entries[name] and name != "dense"]:
+        rows = entries["dense"]["kv_rows"] / entries[name]["kv_rows"]
+        parts.append(
             f"{name}, its prefill is {prefill[name]:.2f} (floors: "
             f"{prefill[f'{name}_ceiling']:.2f}), a token {token[name]:.2f} (floors: "
             f"{token[f'{name}_ceiling']:.2f}) times as fast as dense, with {rows:.1f} times fewer "
             "KV rows"
         )
-    return f"{case['title']}: " + "; ".join(parts_of)
+    return f"{case['title']}: " + "; ".join(parts)

@@ -1,11 +1,11 @@
 """What each stage of an answer has to compute and to move, whatever computes it.
 
-Operations are those of nanoglimpse/flops.py. Bytes are weights read once a call, rows read and
-written once a layer, and the cache; what a good kernel keeps on the chip is not counted.
+`nanoglimpse.flops` counts the operations. Bytes are weights read once a call, rows read and written
+once a layer, and the cache; what a good kernel keeps on the chip is not counted.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,7 +15,8 @@ from nanoglimpse.flops import LayerRows, RowCounts
 from nanoglimpse.model.rope import Grid, visual_tokens
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """Operations and bytes."""
 
     flops: float
@@ -25,7 +26,7 @@ class Cost(NamedTuple):
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, rate: float, bandwidth: float) -> float:
-        """The least that a device of so many FLOP/s and bytes/s needs."""
+        """The least time on a device with `rate` FLOP/s and `bandwidth` bytes/s."""
         return max(self.flops / rate, self.bytes / bandwidth)
 
 
@@ -33,9 +34,11 @@ class Work:
     """Costs of an engine's stages for B copies of one prompt.
 
     Attributes:
-        grids: of its pictures.
-        rows: its way through the decoder.
+        grids: the grids of the prompt's pictures.
+        rows: the prompt's rows in each layer.
         batch: B.
+        kv: elements of keys and values in a row of the cache of one layer.
+        weights: bytes of a layer of the decoder.
     """
 
     def __init__(self, engine: Engine, grids: Sequence[Grid], rows: RowCounts, batch: int):
@@ -62,28 +65,25 @@ class Work:
 
     def score(self) -> Cost:
         """The glimpse row's logits and the predictor."""
-        own, predictor = (
-            self.engine.model.glimpse_weights.config,
-            self.engine.model.glimpse_weights.predictor,
-        )
-        taps = len(own.selected_visual_layers) * self.engine.config.vision_config.hidden_size
-        flops = cost.predict(predictor, self.grids)
-        flops += cost.glimpse_logits(self.engine.model, self.rows.total)
+        model, glimpse = self.engine.model, self.engine.model.glimpse_weights
+        taps = len(glimpse.config.selected_visual_layers) * model.config.vision_config.hidden_size
+        flops = cost.predict(glimpse.predictor, self.grids)
+        flops += cost.glimpse_logits(model, self.rows.total)
         moved = self.rows.visual * (self.kv / 2 + taps) * self.size
-        return Cost(self.batch * flops, _bytes(predictor) + self.batch * moved)
+        return Cost(self.batch * flops, _bytes(glimpse.predictor) + self.batch * moved)
 
     def keep(self) -> Cost:
-        """The gather of hidden rows and of the cache below the stop: read and written."""
+        """The gather that reads and writes hidden rows and the cache of the layers below it."""
         row = self.rows.stop * self.kv + self.width
-        return Cost(0, 2 * self.batch * len(self.rows.survivors) * row * self.size)
+        return Cost(0, 2 * self.batch * len(self.rows.survivors or ()) * row * self.size)
 
     def head(self) -> Cost:
-        """Logits of one row a prompt."""
+        """The logits of one row of each prompt."""
         head = self.engine.decoder.lm_head or self.engine.decoder.embed_tokens
         return Cost(self.batch * cost.head(self.text), _bytes(head))
 
     def step(self, number: int) -> Cost:
-        """The answer's token of this number, for every prompt."""
+        """The decode step of the answers' token of this number, from 1."""
         return self.layers(self.rows.step(number)) + self.head()
 
 

@@ -58,7 +58,7 @@ def call(bench, shape, capsys, *more):
     return code, *capsys.readouterr()
 
 
-def test_arms_side_by_side(bench, shape, capsys, tmp_path):
+def test_contenders_side_by_side(bench, shape, capsys, tmp_path):
     figure = tmp_path / "figure.png"
     options = ("--retain", 1, 0.25, "--batch", 1, 2, "--plot", figure)
     code, out, _ = call(bench, shape, capsys, *options)
