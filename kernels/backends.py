@@ -9,6 +9,15 @@ from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.reference.table import CPU, TORCH
 
 BACKENDS = ("auto", "torch", "triton")
+# The first compute capability with bfloat16 and asynchronous copies. For older ones the kernels
+# compile, but they ask for more shared memory than there is, and spill.
+MIN_CAPABILITY = (8, 0)
+
+
+def is_old_gpu(device: torch.device) -> bool:
+    """Whether this is a GPU without bfloat16, on which no kernel runs."""
+    is_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return is_gpu and torch.cuda.get_device_capability(device) < MIN_CAPABILITY
 
 
 def select(backend: str | Ops, device: torch.device) -> Ops:
@@ -17,8 +26,8 @@ def select(backend: str | Ops, device: torch.device) -> Ops:
     Args:
         backend: "torch" for the references, "triton" for the kernels, "auto" for the fastest
             operations that are known for the device, or an `Ops`, which is returned unchanged.
-        device: where the model runs. "triton" needs a GPU, or Triton's interpreter
-            (TRITON_INTERPRET=1), which is slow and meant for tests.
+        device: where the model runs. "triton" needs a GPU of compute capability 8.0, or Triton's
+            interpreter (TRITON_INTERPRET=1), which is slow and meant for tests.
 
     Raises:
         UsageError: the name is unknown, or the backend does not run here.
@@ -37,6 +46,13 @@ def select(backend: str | Ops, device: torch.device) -> Ops:
     # Imported here because importing it imports Triton, which only a model that uses it needs.
     from nanoglimpse.kernels.triton_ops.registry import TRITON, runs_on
 
+    if is_old_gpu(device):
+        both = torch.cuda.get_device_capability(device), MIN_CAPABILITY
+        own, least = (".".join(map(str, x)) for x in both)
+        raise UsageError(
+            f"backend triton needs compute capability {least}, but {device} has {own}; "
+            "use backend torch"
+        )
     if not runs_on(device):
         raise UsageError(f"backend triton does not run on {device.type}; use backend torch")
     return TRITON

@@ -31,7 +31,7 @@ def load(
         adapter: folder or Hub id of a LoRA adapter (PEFT layout), merged into the weights.
         device: "auto" (cuda where there is one), or a torch device.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
-            on a CPU.
+            on a CPU, and float16 on a GPU older than compute capability 8.0.
         backend: "auto" is the fastest on the device, for inference only; "torch" is plain torch,
             through which gradients flow; or operations of your own.
         quantize: "int8" or "int4" for the decoder's matrices.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nanoglimpse.kernels.reference import attention as reference
 from nanoglimpse.kernels.reference.attention import Queries
-from nanoglimpse.kernels.triton_ops.launch import is_hopper_or_later, launch, supported_heads
+from nanoglimpse.kernels.triton_ops.launch import launch, reads_shared_operands, supported_heads
 from nanoglimpse.kernels.varlen import Segments
 
 
@@ -143,7 +143,7 @@ def block_sizes(q: Tensor, longest: int) -> dict[str, int]:
     rows = min(max(triton.next_power_of_2(longest), 16), 128)
     return {
         "BLOCK_M": rows,
-        "BLOCK_N": 64 if is_hopper_or_later() else 32,
+        "BLOCK_N": 64 if reads_shared_operands() else 32,
         "num_warps": 8 if rows == 128 else 4,
         "num_stages": 2,
     }

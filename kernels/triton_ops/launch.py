@@ -44,12 +44,16 @@ def row_target(rows: slice | Tensor) -> tuple[Tensor | None, int]:
     return (None, rows.start) if isinstance(rows, slice) else (rows, 0)
 
 
-def is_hopper_or_later() -> bool:
-    """Whether this is an NVIDIA GPU whose tensor cores read operands from shared memory."""
+def reads_shared_operands() -> bool:
+    """Whether this is an NVIDIA GPU whose tensor cores read operands from shared memory.
+
+    Hopper and datacenter Blackwell do (sm_90 to sm_119). Consumer Blackwell, sm_120, has the newer
+    number but the older tensor cores, which read operands from registers.
+    """
     if triton.knobs.runtime.interpret:
         return False
     target = triton.runtime.driver.active.get_current_target()
-    return target.backend == "cuda" and target.arch >= 90
+    return target.backend == "cuda" and 90 <= target.arch < 120
 
 
 def launch(

@@ -9,7 +9,7 @@ compiled instead of launched.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -23,11 +23,14 @@ from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.triton_ops.registry import TRITON
 from nanoglimpse.kernels.varlen import Segments
 
-# The targets, with the bytes of shared memory that each allows one program. Code for sm_80 runs on
-# sm_86 and sm_89 as well, which allow less than an A100.
+# The targets, with the bytes of shared memory that each allows one program.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 99 * 1024),
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 # Hidden size, intermediate size, query heads, kv heads.
@@ -59,15 +62,19 @@ class Resources(NamedTuple):
     shared: int
 
 
-def compile_all() -> Iterator[Resources]:
-    """Compiles all kernels for all cases and targets; equal variants are listed once.
+def compile_all(
+    targets: Collection[str] = TARGETS.keys(), only: Collection[str] = ()
+) -> Iterator[Resources]:
+    """Compiles the kernels of all cases, or of `only` some; equal variants are listed once.
 
     Afterwards this process cannot launch kernels any more.
     """
-    for name, (target, _) in TARGETS.items():
-        kernels = _compile_only(target)
+    for name in targets:
+        kernels = _compile_only(TARGETS[name][0])
         seen: set[str] = set()
         for case, call in cases():
+            if only and case not in only:
+                continue
             call()
             new = {kernel.hash: kernel for kernel in kernels if kernel.hash not in seen}
             kernels.clear()
