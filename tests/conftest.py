@@ -31,8 +31,16 @@ def _dot(self, a, b, d, *_):
     return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
 
 
+def _patch_tensor(tensor, *scope):
+    """The interpreter of Triton 3.6 calls `int` on an array, which numpy refuses from 2.4 on."""
+    _patch(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
+
+
 _numpys = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.create_dot = _dot
+_patch = interpreter._patch_lang_tensor
+interpreter._patch_lang_tensor = _patch_tensor
 
 
 @pytest.fixture(autouse=True)

