@@ -36,15 +36,15 @@ def select(backend: str | Ops, device: torch.device) -> Ops:
         return backend
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, got '{backend}'")
-    if backend == "auto":
-        # Not Triton on a GPU: its kernels have been checked and compiled, but not timed on one.
-        return CPU if device.type == "cpu" else TORCH
-    if backend == "torch":
+    if backend == "auto" and device.type == "cpu":
+        return CPU
+    has_triton = find_spec("triton") is not None
+    if backend == "torch" or (backend == "auto" and (not has_triton or is_old_gpu(device))):
         return TORCH
-    if find_spec("triton") is None:
+    if not has_triton:
         raise UsageError("backend triton needs triton, which is not installed; use backend torch")
     # Imported here because importing it imports Triton, which only a model that uses it needs.
-    from nanoglimpse.kernels.triton_ops.registry import TRITON, runs_on
+    from nanoglimpse.kernels.triton_ops.registry import GPU, TRITON, runs_on
 
     if is_old_gpu(device):
         both = torch.cuda.get_device_capability(device), MIN_CAPABILITY
@@ -55,4 +55,4 @@ def select(backend: str | Ops, device: torch.device) -> Ops:
         )
     if not runs_on(device):
         raise UsageError(f"backend triton does not run on {device.type}; use backend torch")
-    return TRITON
+    return GPU if backend == "auto" else TRITON

@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 
+def upload(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on the device. The host does not wait for a GPU to copy it.
+
+    A GPU copies from page-locked memory when its stream gets there; from any other memory, torch
+    waits for the stream and for the copy.
+    """
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class EqualLengthRun(NamedTuple):
     """Neighbouring segments of equal length, which a batched operation can process at once.
 
@@ -39,9 +50,8 @@ class Segments:
         self, lengths: Sequence[int], device: torch.device | str = "cpu", rows: Tensor | None = None
     ):
         self.lengths = tuple(n for n in lengths if n)
-        self.cu_seqlens = torch.tensor(
-            [0, *accumulate(self.lengths)], dtype=torch.int32, device=device
-        )
+        ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        self.cu_seqlens = upload(ends, device)
         self.rows = rows
         self.runs = _equal_length_runs(self.lengths)
 

@@ -87,8 +87,9 @@ class RowCounts:
         pruning, batch = prefill.pruning, prefill.batch
         survivors = None
         if any(pruning.layers) and not pruning.needs.hidden and prefill.hidden is None:
-            rows, counts = batch.survivors(prefill.kept)
-            survivors = (rows.split(counts)[prompt] - sum(batch.counts[:prompt])).tolist()
+            remaining, rows = batch.keep(prefill.kept)
+            own = rows.split(remaining.counts)[prompt]
+            survivors = (own - sum(batch.counts[:prompt])).tolist()
         return cls(
             total=batch.counts[prompt],
             visual=batch.visual_counts[prompt],

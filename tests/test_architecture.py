@@ -225,3 +225,13 @@ def test_a_checkout_is_not_part_of_the_package(name):
     code = f"import nanoglimpse.{name}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"No module named 'nanoglimpse.{name}'" in done.stderr
+
+
+def test_nothing_is_copied_to_a_device_but_by_upload():
+    """A copy from pageable memory waits for the GPU; `kernels.varlen.upload` does not."""
+    for name, tree in trees():
+        if name.split(".")[0] in CORE and name != "kernels.varlen":
+            for node in ast.walk(tree):
+                made = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.tensor"
+                placed = made and any(key.arg == "device" for key in node.keywords)
+                assert not placed, f"{name}: line {node.lineno} needs upload"

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanoglimpse.kernels.varlen import EqualLengthRun, Segments
+from nanoglimpse.kernels.varlen import EqualLengthRun, Segments, upload
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Queries(NamedTuple):
@@ -66,8 +69,9 @@ def _query_rows(
     # attention without `queries` and needs no mask. The extra cost is small beside the matrix
     # products of a layer; the Triton kernel avoids it.
     assert segments.rows is None
-    counts = torch.tensor(queries.segments.lengths, device=q.device)
-    rows = queries.positions + segments.cu_seqlens[:-1].repeat_interleave(counts)
+    counts = upload(torch.tensor(queries.segments.lengths), q.device)
+    starts = segments.cu_seqlens[:-1].repeat_interleave(counts, output_size=len(q))
+    rows = queries.positions + starts
     all_q = q.new_zeros(len(k), *q.shape[1:]).index_copy(0, rows, q)
     return _contiguous(all_q, k, v, segments, causal)[rows]
 
@@ -90,10 +94,24 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, run: EqualLengthRun, causal: bool)
         x = x[start : start + count * length]
         return x.reshape(count, length, *x.shape[1:]).transpose(1, 2)  # [count, H, length, D]
 
-    out = F.scaled_dot_product_attention(
-        batch(q), batch(k), batch(v), is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    out = sdpa(batch(q), batch(k), batch(v), is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).reshape(count * length, *q.shape[1:])
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Tensor:
+    """torch's `scaled_dot_product_attention`, on a GPU without cuDNN's.
+
+    cuDNN builds a plan for every length that it has not seen, in tens of milliseconds, and decoding
+    attends to another length at every token.
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    if options.get("enable_gqa") and q.dtype == torch.float32:
+        # Older releases have no kernel for it but the one that holds the matrix of scores.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        options = options | {"enable_gqa": False}
+    with sdpa_kernel(WITHOUT_CUDNN):
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
 
 def row_logits(q: Tensor, k: Tensor) -> Tensor:

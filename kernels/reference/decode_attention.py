@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from nanoglimpse.kernels.reference.attention import sdpa
 
 
 def decode_attention(
@@ -40,4 +41,4 @@ def _one(q: Tensor, k: Tensor, v: Tensor, start: int, length: int) -> Tensor:
     # Query heads that share a kv head become rows of one query, so that its keys are read once.
     grouped = q.view(1, k.shape[1], -1, q.shape[-1])  # [1, H, G, D]
     k, v = k.narrow(2, start, length), v.narrow(2, start, length)
-    return F.scaled_dot_product_attention(grouped, k, v).view(1, -1)
+    return sdpa(grouped, k, v).reshape(1, -1)

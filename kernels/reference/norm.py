@@ -40,6 +40,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 @lru_cache
 def _scalar(value: float, device: torch.device) -> Tensor:
-    # Cached because torch would convert a Python number to a tensor in every call.
+    # Cached because torch would convert a Python number to a tensor in every call; filled on the
+    # device because a copy from the host would wait for it.
     with torch.inference_mode(False):
-        return torch.tensor(value, device=device)
+        return torch.full((), value, device=device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanoglimpse.kernels.reference import decode_attention as reference
 from nanoglimpse.kernels.triton_ops.launch import launch, supported_heads
+from nanoglimpse.kernels.varlen import upload
 
 # Keys per step. With 64 keys, two stages and a head of 128 a program takes 38 KiB of shared memory
 # and 143 registers per thread on Hopper, so that three share a multiprocessor and overlap loads.
@@ -197,7 +198,7 @@ def decode_attention(
 def _on_device(
     starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    spans = torch.tensor((starts, lengths), dtype=torch.int32, device=device)
+    spans = upload(torch.tensor((starts, lengths), dtype=torch.int32), device)
     return spans[0], spans[1]
 
 

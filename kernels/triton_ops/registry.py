@@ -7,7 +7,9 @@ from typing import ParamSpec, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
+from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.triton_ops.attention import attention
 from nanoglimpse.kernels.triton_ops.attention_colsum import attention_colsum
@@ -17,7 +19,9 @@ from nanoglimpse.kernels.triton_ops.linear import skinny_linear
 from nanoglimpse.kernels.triton_ops.norm import add_rms_norm, rms_norm
 from nanoglimpse.kernels.triton_ops.rope import rope_append, rotate
 from nanoglimpse.kernels.triton_ops.swiglu import swiglu
+from nanoglimpse.kernels.varlen import Segments
 
+FLASH_ROWS = 512
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -31,6 +35,33 @@ def on_device_of(launcher: Callable[P, R]) -> Callable[P, R]:
             return launcher(*args, **kwargs)
 
     return call
+
+
+def long_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    *,
+    causal: bool,
+    queries: Queries | None = None,
+) -> Tensor:
+    """As the reference: the rule by which a GPU takes torch's attention or the kernel.
+
+    torch's flash kernel takes equally long segments of at least `FLASH_ROWS` rows in half
+    precision, which it is written for; windows, ragged batches, survivors, rows behind a prefix and
+    heads of two widths go to the kernel. No GPU has timed the two against each other yet.
+    """
+    flash = (
+        queries is None
+        and segments.rows is None
+        and len(segments.runs) == 1
+        and segments.lengths[0] >= FLASH_ROWS
+        and q.element_size() == 2
+        and q.shape[-1] == v.shape[-1]
+    )
+    chosen = TORCH.attention if flash else TRITON.attention
+    return chosen(q, k, v, segments, causal=causal, queries=queries)
 
 
 TRITON = replace(
@@ -47,6 +78,8 @@ TRITON = replace(
     skinny_linear=on_device_of(skinny_linear),
     graph_safe=True,
 )
+# What "auto" is on a GPU.
+GPU = replace(TRITON, attention=long_attention)
 
 
 def runs_on(device: torch.device) -> bool:

@@ -97,12 +97,13 @@ class DecodeGraphPool:
 def capture_cuda(step: Step, device: torch.device) -> Step:
     """Records what `step` launches on a GPU; the result launches it again, as one."""
     with torch.cuda.device(device):
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()  # compiles kernels and takes scratch memory, which a capture may not
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Without a stream of its own torch captures on the one that it made first, on any device.
+        with torch.cuda.graph(graph, stream=aside):
             step()
     return graph.replay

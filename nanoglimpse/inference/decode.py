@@ -37,26 +37,34 @@ def decode_many(
     prompts = prefill.batch.token_ids.split(prefill.batch.counts)
     sampler = Sampler(sampling or Sampling(), prompts, model.text.vocab_size, model.device)
     model.check_context(prefill.batch.counts, max_new_tokens)
-    cache, logits = prefill.rewind(max_new_tokens), prefill.logits.view(len(prompts), -1)
+    cache = prefill.rewind(max_new_tokens)
     running = [True] * len(prompts)
+
+    def shown(queued: list[Tensor]) -> Iterator[list[int | None]]:
+        nonlocal running
+        for chosen in torch.stack(queued).tolist():
+            pairs = list(zip(chosen, running, strict=True))
+            yield [token if runs else None for token, runs in pairs]
+            ends = () if ignore_eos else model.eos_token_id
+            running = [runs and token not in ends for token, runs in pairs]
+            if not any(running):
+                return
+
+    tokens = sampler(prefill.logits.view(len(prompts), -1))
+    # Before the steps begin: a GPU may have to capture them, and compile kernels for it.
+    yield from shown([tokens])
+    if max_new_tokens == 1 or not any(running):
+        return
     queued: list[Tensor] = []
     with decode_steps(model, graphs, cache, max_new_tokens) as step:
-        for count in range(1, max_new_tokens + 1):
-            tokens = sampler(logits)
+        for count in range(2, max_new_tokens + 1):
+            tokens = sampler(step(tokens))
             queued.append(tokens)
-            if count == 1 or len(queued) > ahead or count == max_new_tokens:
-                for chosen in [tokens.tolist() for tokens in queued]:
-                    pairs = zip(chosen, running, strict=True)
-                    yield [token if runs else None for token, runs in pairs]
-                    running = [
-                        runs and (ignore_eos or token not in model.eos_token_id)
-                        for token, runs in zip(chosen, running, strict=True)
-                    ]
-                    if not any(running):
-                        return
+            if len(queued) > ahead or count == max_new_tokens:
+                yield from shown(queued)
+                if not any(running):
+                    return
                 queued.clear()
-            if count < max_new_tokens:
-                logits = step(tokens)
 
 
 @contextmanager

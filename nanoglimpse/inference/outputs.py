@@ -49,7 +49,7 @@ class Clock:
     """Time between named moments, on a GPU by events that do not wait for it."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.marks = [("", self._now())]
 
     def lap(self, name: str) -> None:
@@ -60,13 +60,13 @@ class Clock:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def milliseconds(self) -> dict[str, float]:
         """Milliseconds of each stage, in order; laps of one name are added up."""
         if self.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         spent: dict[str, float] = {}
         for (_, before), (name, after) in zip(self.marks, self.marks[1:], strict=False):
             took = before.elapsed_time(after) if self.cuda else 1000 * (after - before)

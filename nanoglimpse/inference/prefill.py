@@ -17,7 +17,7 @@ from nanoglimpse.inference.prefix import Prefix
 from nanoglimpse.inputs.prompt import PackedBatch, interleave, last_rows
 from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.rope import Rope
-from nanoglimpse.kernels.varlen import Segments
+from nanoglimpse.kernels.varlen import Segments, upload
 from nanoglimpse.kvcache.cache import KVCache, LayerKV, Reserved
 from nanoglimpse.kvcache.layered import LayeredKVCache
 from nanoglimpse.methods.context import Decision, LayerAttention, PruningContext
@@ -40,7 +40,7 @@ class DeferredLayer:
     def attend(self, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
         """Output [S, C] of the layer for `rows`, int64 [S] of hidden, `counts` in each sequence."""
         starts = self.segments.cu_seqlens[:-1].repeat_interleave(
-            torch.tensor(counts, device=rows.device)
+            upload(torch.tensor(counts), rows.device), output_size=len(rows)
         )
         queries = Queries(Segments(counts, rows.device), rows - starts)
         return self.block.attend(hidden[rows], self.rope[rows], self.kv, self.segments, queries)
@@ -93,7 +93,7 @@ class PrefillState:
         self.importance: Tensor | None = None
         self.glimpse_logits: Tensor | None = None
         if prefix is not None and prefix.stage:
-            self.batch = batch.keep(prefix.kept, *batch.survivors(prefix.kept))
+            self.batch, _ = batch.keep(prefix.kept)
             self.kept, self.stage, self.importance = prefix.kept, prefix.stage, prefix.importance
         self.hidden = self._embed(vision.visual)
         self.rows = torch.arange(len(self.batch.token_ids), device=model.device)
@@ -220,8 +220,8 @@ class PrefillState:
         """Drops the rows that a method does not keep, and its probes."""
         self.clock.lap("score")
         batch, depth = self.batch, self.model.depth
-        rows, counts = batch.survivors(decision.kept)
-        survivors = self.rows[rows]
+        self.batch, rows = batch.keep(decision.kept)
+        survivors, counts = self.rows[rows], self.batch.counts
         if self.deferred is not None:
             self.hidden[survivors] = self.deferred.attend(self.hidden, survivors, counts)
             self.deferred = None
@@ -236,7 +236,6 @@ class PrefillState:
             self.finished.append(self.cache.keep(self.rows, *place))
             self.hidden = self.hidden[survivors]
             self.cache = self._new_cache(range(self.layer, self.layer), counts, 0)
-        self.batch = batch.keep(decision.kept, rows, counts)
         self.rows = torch.arange(len(rows), device=self.model.device)
         self.kept = self.kept.masked_scatter(self.kept, decision.kept)
         if decision.values is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.errors import UsageError
+from nanoglimpse.kernels.varlen import upload
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Sampler:
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
             for seen, token_ids in zip(self.seen, prompts, strict=True):
-                seen[token_ids] = True
+                seen.index_fill_(0, token_ids, True)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Next tokens int64 [B] from logits [B, vocab]."""
@@ -70,7 +71,7 @@ class Sampler:
         """Goes on with some of the sequences, by number."""
         self.generators = [self.generators[i] for i in stay]
         if self.seen is not None:
-            self.seen = self.seen[list(stay)]
+            self.seen = self.seen[upload(torch.tensor(stay), self.seen.device)]
 
     def join(self, other: "Sampler") -> None:
         """Takes another's sequences in, behind its own."""

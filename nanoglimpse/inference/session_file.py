@@ -200,7 +200,7 @@ def _restore(
     vision = VisionOutput(tensors["visual"], tensors["taps"], stats)
     kept, batch = tensors["kept"], PackedBatch.pack([prompt], config, model.device)
     if 0 in pruning.layers:
-        batch = batch.keep(kept, *batch.survivors(kept))
+        batch, _ = batch.keep(kept)
     rows, k, v = len(batch.token_ids), tensors["k"], tensors["v"]
     size = (shared.layers, [rows + HEADROOM])
     cache = KVCache(model.text, *size, batch.next_position, k, model.ops)

@@ -10,6 +10,7 @@ from torch import Tensor
 from nanoglimpse.config import Config
 from nanoglimpse.errors import UsageError
 from nanoglimpse.inputs.images import joined
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.model.rope import Grid, mrope_positions, visual_mask, visual_tokens
 
 
@@ -102,6 +103,7 @@ class PackedBatch:
             prompt's images together, those of each video by itself. -1 where all are kept.
         grids: of each prompt, (t, h, w) in patches.
         pool_sizes: (rows, columns) in visual tokens of each pool's images, or pairs of frames.
+        pool_counts: visual tokens of each pool.
         clips: the pools that are videos.
         counts: rows of each prompt.
         visual_counts: visual tokens of each prompt.
@@ -116,6 +118,7 @@ class PackedBatch:
     pools: Tensor
     grids: list[tuple[Grid, ...]]
     pool_sizes: list[list[tuple[int, int]]]
+    pool_counts: list[int]
     clips: frozenset[int]
     counts: list[int]
     visual_counts: list[int]
@@ -147,20 +150,21 @@ class PackedBatch:
         visual_rows = torch.cat([prompt.visual for prompt in prompts]).nonzero().flatten()
         pools, pool_sizes, clips = _pools(prompts, config, prune_videos)
         return cls(
-            token_ids=token_ids.to(device),
-            positions=torch.cat([prompt.positions for prompt in prompts], dim=1).to(device),
-            visual_rows=visual_rows.to(device),
-            pools=pools.to(device),
+            token_ids=upload(token_ids, device),
+            positions=upload(torch.cat([prompt.positions for prompt in prompts], dim=1), device),
+            visual_rows=upload(visual_rows, device),
+            pools=upload(pools, device),
             grids=[prompt.grids for prompt in prompts],
             pool_sizes=pool_sizes,
+            pool_counts=[sum(rows * columns for rows, columns in sizes) for sizes in pool_sizes],
             clips=clips,
             counts=[len(prompt) for prompt in prompts],
             visual_counts=[
                 sum(visual_tokens(grid, config) for grid in prompt.grids) for prompt in prompts
             ],
-            next_position=torch.stack([p.positions.max() + 1 for p in prompts]).to(device),
+            next_position=upload(torch.stack([p.positions.max() + 1 for p in prompts]), device),
             seeds=[seed] * len(prompts) if isinstance(seed, int) else list(seed),
-            evidence=None if evidence is None else torch.cat(list(evidence)).to(device),
+            evidence=None if evidence is None else upload(torch.cat(list(evidence)), device),
         )
 
     @property
@@ -173,27 +177,53 @@ class PackedBatch:
         """Bool [N], the visual tokens that may be dropped."""
         return self.pools >= 0
 
-    def survivors(self, kept: Tensor) -> tuple[Tensor, list[int]]:
-        """Rows that remain when only the visual tokens `kept` [N] stay, and each prompt's count."""
+    def keep(self, kept: Tensor) -> tuple["PackedBatch", Tensor]:
+        """What remains when only the visual tokens `kept`, bool [N], stay.
+
+        The tables are computed where `kept` is; the host waits once, for the counts of prompts and
+        pools.
+
+        Returns:
+            The batch of the S rows that remain, and int64 [S], which rows these are.
+        """
         stays = torch.ones(len(self.token_ids), dtype=torch.bool, device=kept.device)
         stays[self.visual_rows] = kept
-        counts = [int(part.sum()) for part in stays.split(self.counts)]
-        return stays.nonzero().flatten(), counts
-
-    def keep(self, kept: Tensor, rows: Tensor, counts: list[int]) -> "PackedBatch":
-        """The batch of the rows that remain; `rows` and `counts` are `survivors` of `kept`."""
-        is_visual = torch.zeros(len(self.token_ids), dtype=torch.bool, device=rows.device)
-        is_visual[self.visual_rows] = True
-        return replace(
+        ranks, rows = _compact(stays)
+        _, tokens = _compact(kept)
+        pools = ranks.new_zeros(1 + len(self.pool_counts)).index_add_(
+            0, self.pools + 1, kept.long()
+        )
+        numbers = torch.cat((ranks[last_rows(self.counts, kept.device)], pools)).tolist()
+        ends, pool_counts = numbers[: len(self.counts)], numbers[1 + len(self.counts) :]
+        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        # Rows of text all stay.
+        dropped = [old - new for old, new in zip(self.counts, counts, strict=True)]
+        visual_counts = [n - d for n, d in zip(self.visual_counts, dropped, strict=True)]
+        rows, tokens = rows[: ends[-1]], tokens[: sum(visual_counts)]
+        batch = replace(
             self,
             token_ids=self.token_ids[rows],
             positions=self.positions[:, rows],
-            visual_rows=is_visual[rows].nonzero().flatten(),
-            pools=self.pools[kept],
+            visual_rows=ranks[self.visual_rows[tokens]] - 1,
+            pools=self.pools[tokens],
+            pool_counts=pool_counts,
             counts=counts,
-            visual_counts=[int(part.sum()) for part in kept.split(self.visual_counts)],
-            evidence=None if self.evidence is None else self.evidence[kept],
+            visual_counts=visual_counts,
+            evidence=None if self.evidence is None else self.evidence[tokens],
         )
+        return batch, rows
+
+
+def _compact(stays: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of bool [T] are true up to each, and where those are, int64 [T + 1].
+
+    Only as many entries of the second are meant as there are true ones. In this way no size depends
+    on a value, for which the host would have to wait.
+    """
+    ranks = stays.cumsum(0)
+    slots = torch.where(stays, ranks - 1, len(stays))
+    numbers = torch.arange(len(stays), device=stays.device)
+    return ranks, ranks.new_empty(len(stays) + 1).scatter_(0, slots, numbers)
 
 
 def _pools(
@@ -224,7 +254,7 @@ def _pools(
 
 def last_rows(counts: Sequence[int], device: torch.device) -> Tensor:
     """int64 [B], the last row of each of the packed sequences of these lengths."""
-    return torch.tensor(counts, device=device).cumsum(0) - 1
+    return upload(torch.tensor(counts).cumsum(0) - 1, device)
 
 
 def interleave(rows: Tensor, probes: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -239,7 +269,7 @@ def interleave(rows: Tensor, probes: Tensor, counts: Sequence[int]) -> tuple[Ten
         [T + B, …], and int64 [T], where the rows are in it.
     """
     index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    index = (torch.arange(len(rows)) + index).to(rows.device)
+    index = upload(torch.arange(len(rows)) + index, rows.device)
     both = rows.new_empty(len(rows) + len(counts), *rows.shape[1:])
     both[index] = rows
     both[last_rows([n + 1 for n in counts], rows.device)] = probes

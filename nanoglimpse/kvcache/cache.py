@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanoglimpse.config import TextConfig
 from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.varlen import upload
 
 Rows = slice | Tensor
 Counts = Sequence[int] | Tensor
@@ -138,7 +139,7 @@ class KVCache(Storage):
     @property
     def length(self) -> Tensor:
         """int64 [B], rows in use."""
-        return torch.tensor(self.lengths, device=self.k.device)
+        return upload(torch.tensor(self.lengths), self.k.device)
 
     @property
     def num_rows(self) -> int:
@@ -178,7 +179,7 @@ class KVCache(Storage):
 
     def _numbers(self, first: Sequence[int], counts: Sequence[int]) -> Tensor:
         spans = [torch.arange(f, f + n) for f, n in zip(first, counts, strict=True)]
-        return torch.cat(spans).to(self.k.device)
+        return upload(torch.cat(spans), self.k.device)
 
     def _rows(self, first: Sequence[int], counts: Sequence[int]) -> Rows:
         if len(first) == 1:

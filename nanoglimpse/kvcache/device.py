@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache, Reserved, Storage
 
 
@@ -23,7 +24,7 @@ class DeviceKVCache(Storage):
         self.cache, self.layers, device = cache, cache.layers, cache.k.device
         self.k_rows, self.v_rows = cache.k_rows, cache.v_rows
         self.k_heads, self.v_heads = cache.k_heads, cache.v_heads
-        self.starts = torch.tensor(cache.starts, dtype=torch.int32, device=device)
+        self.starts = upload(torch.tensor(cache.starts, dtype=torch.int32), device)
         self.lengths = torch.zeros_like(self.starts)
 
     def reserve(self, counts: Sequence[int]) -> Reserved:

@@ -68,10 +68,13 @@ class SelectionRule:
             frames = importance.view(len(sizes), -1)
             allowed = _best(frames, int(self.max_frame_ratio * frames.shape[1])).flatten()
         kept = (importance.float().sigmoid() > self.threshold) & allowed
-        if self.max_ratio is not None and total and int(kept.sum()) / total > self.max_ratio:
-            kept = _best(importance, int(self.max_ratio * total), allowed)
-        if self.min_tokens and int(kept.sum()) < min(self.min_tokens, total):
-            kept = _best(importance, self.min_tokens, allowed)
+        # Both cases are computed, since the host would have to wait to know which one it is.
+        if self.max_ratio is not None and total:
+            best = _best(importance, int(self.max_ratio * total), allowed)
+            kept = torch.where(kept.sum() / total > self.max_ratio, best, kept)
+        if self.min_tokens:
+            best = _best(importance, self.min_tokens, allowed)
+            kept = torch.where(kept.sum() < min(self.min_tokens, total), best, kept)
         first = 0
         for rows, columns in sizes:
             corner = {
@@ -96,7 +99,7 @@ def _best(importance: Tensor, count: int, preferred: Tensor | None = None) -> Te
     """
     order = importance.argsort(dim=-1, descending=True, stable=True)
     if preferred is not None:
-        order = torch.cat((order[preferred[order]], order[~preferred[order]]))
+        order = order[preferred[order].byte().argsort(descending=True, stable=True)]
     kept = torch.zeros(importance.shape, dtype=torch.bool, device=importance.device)
     return kept.scatter_(-1, order[..., :count], True)
 
@@ -276,10 +279,12 @@ class PruningContext:
             threshold: in place of the rule's; 0 leaves the choice to the cap.
         """
         rule = self.rule if threshold is None else replace(self.rule, threshold=threshold)
-        kept = ~self.prunable
-        for pool, sizes in enumerate(self.packed.pool_sizes):
-            own = self.packed.pools == pool
-            kept[own] = rule(importance[own], sizes, pool in self.packed.clips)
+        kept, packed = ~self.prunable, self.packed
+        counts = packed.pool_counts
+        # Tokens of a pool are neighbours in this order; those that all stay have the number -1.
+        order = self.pools.argsort(stable=True)[len(importance) - sum(counts) :]
+        for pool, own in enumerate(order.split(counts)):
+            kept[own] = rule(importance[own], packed.pool_sizes[pool], pool in packed.clips)
         return kept
 
     def per_image(self, pick: Callable[[slice, int], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
 from nanoglimpse.methods.similarity import best, unit
 from nanoglimpse.model.model import Model
@@ -49,7 +50,7 @@ class PruMerge(PruningMethod):
     def standing_out(self, attention: Tensor, cap: float | None) -> Tensor:
         """int64, indices of the tokens that stay, at most the cap's share."""
         total = len(attention)
-        quarters = torch.quantile(attention, torch.tensor([0.25, 0.75], device=attention.device))
+        quarters = torch.quantile(attention, upload(torch.tensor([0.25, 0.75]), attention.device))
         count = int((attention > quarters[1] + 1.5 * (quarters[1] - quarters[0])).sum())
         chosen = best(attention, max(count, 1))
         if self.spaced:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.inputs.prompt import last_rows
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
 from nanoglimpse.methods.similarity import best, nearest, rest
 from nanoglimpse.model.model import Model
@@ -98,7 +99,7 @@ def of_windows(score: Tensor, height: int, width: int, count: int) -> Tensor:
             chosen.append(token)
     spare = set(order) - set(chosen)
     chosen += [token for token in order if token in spare][: count - len(chosen)]
-    return torch.tensor(chosen, dtype=torch.int64, device=score.device)
+    return upload(torch.tensor(chosen, dtype=torch.int64), score.device)
 
 
 def average(values: Tensor, chosen: Tensor) -> None:

@@ -9,14 +9,15 @@ inside each image.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, GlimpseConfig
+from nanoglimpse.config import Config, GlimpseConfig, VisionConfig
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.reference.rope import Rope
-from nanoglimpse.kernels.varlen import Segments
+from nanoglimpse.kernels.varlen import Segments, upload
 from nanoglimpse.model.layers import MLP, Blocks, FusedLinear, Linear, Module, RMSNorm
 from nanoglimpse.model.rope import Grid, axial_rope
 from nanoglimpse.model.vision import window_layout
@@ -101,16 +102,28 @@ class Predictor(Module):
 
     def layout(self, grids: tuple[Grid, ...], device: torch.device) -> tuple[Rope, Segments]:
         """Tables over rows and columns of the merged grids, and the sequences, in raster order."""
-        vision = self.vision_config
-        sizes = [
-            (h // vision.spatial_merge_size, w // vision.spatial_merge_size) for _, h, w in grids
-        ]
-        frames = [size for size, (t, _, _) in zip(sizes, grids, strict=True) for _ in range(t)]
-        none = torch.empty(0, dtype=torch.int64)  # so that text alone passes, too
-        rows = [none, *(torch.arange(h).repeat_interleave(w) for h, w in frames)]
-        columns = [none, *(torch.arange(w).repeat(h) for h, w in frames)]
-        rope = axial_rope(torch.cat(rows).to(device), torch.cat(columns).to(device), self.head_dim)
-        if self.attends_globally:
+        sizes = (self.vision_config, self.attends_globally, self.head_dim)
+        return predictor_layout(grids, *sizes, device)
+
+
+@lru_cache(maxsize=16)
+def predictor_layout(
+    grids: tuple[Grid, ...],
+    vision: VisionConfig,
+    attends_globally: bool,
+    head_dim: int,
+    device: torch.device,
+) -> tuple[Rope, Segments]:
+    """As `Predictor.layout`, computed once."""
+    merge = vision.spatial_merge_size
+    frames = [(h // merge, w // merge) for t, h, w in grids for _ in range(t)]
+    none = torch.empty(0, dtype=torch.int64)  # so that text alone passes, too
+    rows = [none, *(torch.arange(h).repeat_interleave(w) for h, w in frames)]
+    columns = [none, *(torch.arange(w).repeat(h) for h, w in frames)]
+    with torch.inference_mode(False):  # as `window_layout`
+        cells = upload(torch.cat(rows), device), upload(torch.cat(columns), device)
+        rope = axial_rope(*cells, head_dim)
+        if attends_globally:
             return rope, Segments([h * w for h, w in frames], device)
         windows = window_layout(grids, vision, device)
         lengths = [n // vision.merge_unit for n in windows.windows.lengths]

@@ -92,7 +92,10 @@ class Linear(Module):
 
     def pack(self, ops: Ops) -> None:
         """Lays the matrix out as `ops` multiplies it fastest."""
-        self.set_packed(ops.pack(self.weight), ops)
+        packed = ops.pack(self.weight)
+        # A dense matrix keeps its product: kernels fuse no other one.
+        if packed is not self.weight:
+            self.set_packed(packed, ops)
 
     def set_packed(self, packed: Tensor, ops: Ops) -> None:
         """Takes a matrix that `ops` has laid out."""

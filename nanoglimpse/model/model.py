@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nanoglimpse.config import Config, TextConfig
 from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.glimpse import Glimpse
 from nanoglimpse.model.rope import Grid
@@ -85,7 +86,7 @@ class Model:
         `vision_blocks` are the blocks whose received attention and keys are recorded.
         """
         stats = BlockStats(vision_blocks)
-        visual, features = self.vision(patches.to(self.device), grids, taps, stats)
+        visual, features = self.vision(upload(patches, self.device), grids, taps, stats)
         return VisionOutput(visual, features, stats)
 
     def check_context(self, lengths: Sequence[int], max_new_tokens: int) -> None:

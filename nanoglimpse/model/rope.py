@@ -1,6 +1,7 @@
 """Positions and rotation tables: M-RoPE for the decoder, 2-D RoPE for vision and predictor."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from nanoglimpse.config import Config, TextConfig
 from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kernels.varlen import upload
 
 Grid = tuple[int, int, int]
 
@@ -98,16 +100,24 @@ def mrope(positions: Tensor, config: TextConfig) -> Rope:
 
     The frequencies of a head are dealt out to the axes in three neighbouring sections.
     """
-    section = torch.tensor(config.mrope_section, device=positions.device)
-    axis = torch.arange(3, device=positions.device).repeat_interleave(section)  # [D/2]
+    axis = _axis_of_frequency(tuple(config.mrope_section), positions.device)
     return Rope.of(positions[axis].T * frequencies(config, positions.device))
 
 
+@lru_cache
+def _axis_of_frequency(section: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [D/2]"""
+    with torch.inference_mode(False):
+        return upload(torch.arange(3).repeat_interleave(torch.tensor(section)), device)
+
+
+@lru_cache
 def frequencies(config: TextConfig, device: torch.device) -> Tensor:
     """fp32 [D/2], by how many radians a decoder head turns from one position to the next."""
     half = config.head_dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=device)
-    return config.rope_theta ** (-steps / half)
+    with torch.inference_mode(False):
+        steps = torch.arange(half, dtype=torch.float32, device=device)
+        return config.rope_theta ** (-steps / half)
 
 
 def axial_rope(rows: Tensor, columns: Tensor, head_dim: int) -> Rope:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanoglimpse.config import PixelConfig, VisionConfig
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.reference.rope import Rope
-from nanoglimpse.kernels.varlen import Segments
+from nanoglimpse.kernels.varlen import Segments, upload
 from nanoglimpse.model.layers import MLP, Blocks, Linear, Merger, Module, RMSNorm
 from nanoglimpse.model.rope import Grid, axial_rope
 
@@ -43,21 +43,22 @@ class WindowLayout:
         # Long windows first; inside a length by window, inside a window in raster order.
         order = torch.argsort(-count[windows] * (len(count) + 1) + windows, stable=True)
         _, lengths = torch.unique_consecutive(windows[order], return_counts=True)
-        self.order = order.to(device)
-        self.inverse = torch.argsort(order).to(device)
-        self.patches = _patches_of(order, unit).to(device)
+        self.order = upload(order, device)
+        self.inverse = upload(torch.argsort(order), device)
+        self.patches = upload(_patches_of(order, unit), device)
         self.windows = Segments([unit * n for n in lengths.tolist()], device)
         by_frame = torch.argsort(frames[order], stable=True)
         scattered = bool((by_frame != torch.arange(len(order))).any())
         self.frames = Segments(
             [h * w for t, h, w in grids for _ in range(t)],
             device,
-            _patches_of(by_frame, unit).to(device) if scattered else None,
+            upload(_patches_of(by_frame, unit), device) if scattered else None,
         )
         within = torch.arange(unit)
         patch_rows = (rows[order, None] * merge + within // merge).flatten()
         patch_columns = (columns[order, None] * merge + within % merge).flatten()
-        self.rope = axial_rope(patch_rows.to(device), patch_columns.to(device), config.head_dim)
+        cells = upload(patch_rows, device), upload(patch_columns, device)
+        self.rope = axial_rope(*cells, config.head_dim)
 
 
 def _cells(grids: Sequence[Grid], merge: int, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,7 +139,7 @@ def normalise(raw: Tensor, config: PixelConfig) -> Tensor:
     channels = len(config.image_mean)
     # Tensors all of them: a GPU multiplies by the reciprocal of a Python number instead.
     whole, mean, std = (
-        torch.tensor(c, device=raw.device).view(-1, 1, 1)
+        upload(torch.tensor(c), raw.device).view(-1, 1, 1)
         for c in ([255.0] * channels, config.image_mean, config.image_std)
     )
     pixels = raw.view(len(raw), channels, -1, config.patch_size**2)
