@@ -1,4 +1,4 @@
-"""Every operation of the backend alone, beside the best of torch's own ways."""
+"""Times each operation of the backend alone, beside the fastest of torch's own ways."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,8 @@ Operation = tuple[str, Callable[[], object], Sequence[Callable[[], object]], int
 def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Prints a table of all operations at the shapes of a model; returns the JSON entries."""
     rows, entries = [], []
-    for name, ours, others, flops, elements in operations(
-        engine, args.visual_tokens[0] + args.text
-    ):
+    count = args.visual_tokens[0] + args.text
+    for name, ours, others, flops, elements in operations(engine, count):
         say(name)
         with torch.inference_mode():
             own, rival = best(ours, args.rounds), min(best(way, args.rounds) for way in others)
@@ -62,64 +61,41 @@ def _attention(engine: Engine, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Oper
     ops, sdpa, last = engine.model.ops, F.scaled_dot_product_attention, q[-1:]
     rows, segments = len(q), Segments([len(q)], engine.device)
     query, one, keys, values = (x.transpose(0, 1)[None] for x in (q, last, k, v))
-    repeated = [x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values)]
-    yield (
-        "prefill attention",
-        lambda: ops.attention(q, k, v, segments, causal=True),
-        [
-            lambda: sdpa(query, keys, values, is_causal=True, enable_gqa=True),
-            lambda: sdpa(query, repeated[0], repeated[1], is_causal=True),
-        ],
-        2 * rows * q.numel(),
-        2 * q.numel() + 2 * k.numel(),
-    )
-    yield (
-        "decode attention",
-        lambda: ops.decode_attention(last, keys, values, [0], [rows]),
-        [lambda: sdpa(one, keys, values, enable_gqa=True)],
-        4 * q.numel(),
-        2 * k.numel(),
-    )
+    every_k, every_v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
+    ours = partial(ops.attention, q, k, v, segments, causal=True)
+    theirs = [
+        partial(sdpa, query, keys, values, is_causal=True, enable_gqa=True),
+        partial(sdpa, query, every_k, every_v, is_causal=True),
+    ]
+    yield "prefill attention", ours, theirs, 2 * rows * q.numel(), 2 * (q.numel() + k.numel())
+    ours = partial(ops.decode_attention, last, keys, values, [0], [rows])
+    theirs = [partial(sdpa, one, keys, values, enable_gqa=True)]
+    yield "decode attention", ours, theirs, 4 * q.numel(), 2 * k.numel()
 
 
 def _row_by_row(engine: Engine, x: Tensor, q: Tensor, gate_up: Tensor) -> Iterator[Operation]:
     ops, weight, half = engine.model.ops, torch.randn_like(x[0]), q.shape[-1] // 2
-    (gate, up), norm = gate_up.chunk(2, -1), partial(F.rms_norm, x, x.shape[-1:])
+    (gate, up), n = gate_up.chunk(2, -1), gate_up.numel() // 2
     rope = Rope.of(torch.randn(len(q), half, device=engine.device))
-    yield (
-        "RMSNorm",
-        lambda: ops.rms_norm(x, weight, 1e-6),
-        [lambda: norm(weight, 1e-6)],
-        4 * x.numel(),
-        2 * x.numel(),
-    )
-    yield (
-        "SwiGLU",
-        lambda: ops.swiglu(gate_up),
-        [lambda: F.silu(gate) * up],
-        4 * gate.numel(),
-        3 * gate.numel(),
-    )
-    yield (
-        "rotation",
-        lambda: ops.rotate(q, rope),
-        [lambda: (q * rope.cos + q.roll(half, -1) * rope.sin).type_as(q)],
-        3 * q.numel(),
-        2 * q.numel(),
-    )
+
+    def rotated() -> Tensor:
+        return (q * rope.cos + q.roll(half, -1) * rope.sin).type_as(q)
+
+    ours = partial(ops.rms_norm, x, weight, 1e-6)
+    theirs = partial(F.rms_norm, x, x.shape[-1:], weight, 1e-6)
+    yield "RMSNorm", ours, [theirs], 4 * x.numel(), 2 * x.numel()
+    yield "SwiGLU", partial(ops.swiglu, gate_up), [lambda: F.silu(gate) * up], 4 * n, 3 * n
+    yield "rotation", partial(ops.rotate, q, rope), [rotated], 3 * q.numel(), 2 * q.numel()
 
 
 def _gather(engine: Engine, x: Tensor, caches: Tensor) -> Operation:
     kept = torch.arange(0, len(x), 9, device=engine.device)
     new, (keys, values) = slice(0, len(kept)), caches
     to_keys, to_values = torch.empty_like(caches[:, :, new])
-    return (
-        "cache keep",
-        lambda: engine.model.ops.gather(keys, values, x, kept, to_keys, to_values, new),
-        [lambda: ([cache.index_select(1, kept) for cache in (keys, values)], x[kept])],
-        0,
-        2 * (to_keys.numel() + to_values.numel() + len(kept) * x.shape[-1]),
-    )
+    ours = partial(engine.model.ops.gather, keys, values, x, kept, to_keys, to_values, new)
+    theirs = [lambda: ([cache.index_select(1, kept) for cache in (keys, values)], x[kept])]
+    elements = to_keys.numel() + to_values.numel() + len(kept) * x.shape[-1]
+    return "cache keep", ours, theirs, 0, 2 * elements
 
 
 def _products(engine: Engine, x: Tensor, matrix: Tensor) -> Iterator[Operation]:

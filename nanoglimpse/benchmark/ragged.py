@@ -1,9 +1,10 @@
-"""Questions of different sizes: asked at once, one by one, and of transformers.
+"""Questions of different sizes: asked at once, asked one by one, and answered by transformers.
 
-Their pictures and texts have different lengths, and their answers end at different places. At once
-is `Engine.ask_many`, one by one `Engine.ask`; transformers' `generate` takes one batch that is
-padded on the left, and goes on until the last answer has ended. All of them begin with pictures. A
-pruned model may give answers of other lengths, hence questions and tokens a second.
+Their pictures and texts have different lengths, and their answers end at different places.
+`Engine.ask_many` takes them at once and `Engine.ask` one by one; the `generate` of transformers
+takes one batch that is padded on the left, and goes on until the last answer has ended. All of them
+begin with pictures. Answers of a pruned model may have other lengths, so that both questions and
+tokens a second are reported.
 """
 
 import statistics
@@ -13,17 +14,8 @@ from typing import Any
 
 import torch
 
+from nanoglimpse.benchmark import measuring
 from nanoglimpse.benchmark.contenders import Answers, Peer, Transformers, methods
-from nanoglimpse.benchmark.measuring import (
-    Figures,
-    Memory,
-    differences,
-    now,
-    run_rounds,
-    say,
-    speedup,
-    spread,
-)
 from nanoglimpse.benchmark.models import Workload
 from nanoglimpse.benchmark.report import shown, table
 from nanoglimpse.errors import NanoglimpseError
@@ -50,7 +42,7 @@ class Ragged:
         if self.peer:
             self.contenders[self.peer.name] = self.peer.answers
         self.answers: dict[str, Answers] = {}
-        self.figures: Figures = {}
+        self.figures: measuring.Figures = {}
         lengths = [len(prompt) for prompt in workload.prompts]
         visuals = [int(prompt.visual.sum()) for prompt in workload.prompts]
         self.title = (
@@ -77,8 +69,11 @@ class Ragged:
         return [ask(*item).token_ids for item in self.workload.items]
 
     def faults(self) -> list[str]:
-        """Whose answers differ from those one by one; in low precision, whose logits do."""
-        say(f"{self.title}: checking")
+        """Contenders that differ from questions asked one by one, a line each.
+
+        In float32 their tokens are compared, in lower precision their logits.
+        """
+        measuring.say(f"{self.title}: checking")
         exact = self.engine.dtype == torch.float32
         return [*(self._unlike_tokens() if exact else self._unlike_logits())]
 
@@ -99,7 +94,8 @@ class Ragged:
             if (peer := self._compared()) and method == "dense":
                 others["and transformers"] = peer.logits()
             for what, other in others.items():
-                yield from differences(f"logits, {name} {what}", self.engine, other, logits)
+                pair = f"logits, {name} {what}"
+                yield from measuring.differences(pair, self.engine, other, logits)
 
     def _compared(self) -> Peer | None:
         """transformers, if it has the same weights."""
@@ -108,13 +104,13 @@ class Ragged:
     def measure(self) -> None:
         """Runs the rounds."""
         rounds = {name: partial(self.round, name) for name in self.contenders}
-        self.figures = run_rounds(self.title, rounds, self.args.rounds)
+        self.figures = measuring.run_rounds(self.title, rounds, self.args.rounds)
 
     def round(self, name: str) -> dict[str, float]:
         """The seconds and the peak of memory of all answers of a contender."""
-        memory, start = Memory(self.engine.device), now()
+        memory, start = measuring.Memory(self.engine.device), measuring.now()
         self.answers[name] = self.contenders[name]()
-        return {"seconds": now() - start, "memory": memory.peak()}
+        return {"seconds": measuring.now() - start, "memory": memory.peak()}
 
     def report(self) -> dict[str, Any]:
         """Prints the tables; returns the entry of the JSON line."""
@@ -141,7 +137,7 @@ class Ragged:
     def _summary(self, name: str) -> dict[str, float]:
         """The figures of a contender."""
         seconds, tokens = self.figures[name]["seconds"], sum(map(len, self.answers[name]))
-        middle, (p20, p80) = statistics.median(seconds), spread(seconds)
+        middle, (p20, p80) = statistics.median(seconds), measuring.spread(seconds)
         return {
             "ms": round(1000 * middle, 4),
             "p20": round(1000 * p20, 4),
@@ -161,7 +157,8 @@ class Ragged:
             others["dense"] = "dense, at once"
         own = self.figures[f"{name}, at once"]["seconds"]
         return {
-            what: speedup(self.figures[other]["seconds"], own) for what, other in others.items()
+            what: measuring.speedup(self.figures[other]["seconds"], own)
+            for what, other in others.items()
         }
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from nanoglimpse.cli import console
@@ -20,13 +21,8 @@ from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.evaluate.figures import SCORES, best_score, read_variants, variant_results
 from nanoglimpse.evaluate.judge import KEY, Judge, grade
 from nanoglimpse.evaluate.page import page
-from nanoglimpse.evaluate.questions import (
-    EvalQuestion,
-    FileQuestions,
-    QuestionSource,
-    WorldQuestions,
-)
-from nanoglimpse.evaluate.run import MAX_NEW_TOKENS, QuestionBatch, answer_batch, batches, thumbnail
+from nanoglimpse.evaluate.questions import FileQuestions, QuestionSource, WorldQuestions
+from nanoglimpse.evaluate.run import MAX_NEW_TOKENS, QuestionBatch, answer_batch, pictures, rounds
 from nanoglimpse.evaluate.store import ResultsFile
 from nanoglimpse.evaluate.tables import as_csv, document, progress_table
 from nanoglimpse.evaluate.variants import Variant, check_variants, combine
@@ -75,9 +71,7 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
     results, done = _resume(args, engine, source, group)
     if source.missing:
         note(args)(_missing_note(source.missing))
-    progress = Progress(f"{len(variants)} variants, answers", args.quiet)
-    show = partial(progress, total=len(variants) * source.total)
-    _run(engine, variants, source, results, done, args, group, show)
+    _run(engine, variants, source, results, done, args, group)
     if results:
         if judge:
             _grade(results, judge, args)
@@ -91,7 +85,8 @@ def _resume(
     args: argparse.Namespace, engine: Engine, source: QuestionSource, group: ProcessGroup
 ) -> tuple[ResultsFile | None, set]:
     """Opens the results in process 0 and tells every process which of them exist."""
-    results, state = None, None
+    results: ResultsFile | None = None
+    state: set | NanoglimpseError = set()
     if group.rank == 0:
         try:
             results = ResultsFile.resume(args.out, _options(args, engine, source))
@@ -139,7 +134,6 @@ def _run(
     done: set,
     args: argparse.Namespace,
     group: ProcessGroup,
-    show: Callable[[int], None],
 ) -> None:
     """Answers all batches in every variant; each process takes one batch of a round.
 
@@ -147,9 +141,11 @@ def _run(
     """
     names = {variant.name for variant in variants}
     count = sum(name in names for name, _ in done)
+    progress = Progress(f"{len(variants)} variants, answers", args.quiet)
+    show = partial(progress, total=len(variants) * source.total)
     show(count)
     options = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    for round_ in _rounds(source, variants, args.batch, group.count):
+    for round_ in rounds(source, variants, args.batch, group.count):
         cached: dict[tuple, QuestionBatch] = {}
         vision: dict[tuple, dict] = {}
         for variant in variants:
@@ -163,32 +159,16 @@ def _run(
             if questions:
                 key = tuple(question.name for question in questions)
                 if (batch := cached.get((variant.brief, key))) is None:
-                    batch = QuestionBatch(
-                        engine, questions, vision=vision.setdefault(key, {}), prompt_options=options
-                    )
+                    batch = QuestionBatch(engine, questions, vision.setdefault(key, {}), **options)
                     cached[variant.brief, key] = batch
                 records = answer_batch(
                     batch, variant, max_new_tokens=args.max_new_tokens, gallery=args.gallery
                 )
-            records = group.gather([*_pictures(questions, args.gallery), *records])
+            records = group.gather([*pictures(questions, args.gallery), *records])
             count += sum(map(len, todo))
             if results:
                 results.add([r for r in records if r.get("picture") not in results.pictures])
             show(count)
-
-
-def _rounds(
-    source: QuestionSource, variants: Sequence[Variant], size: int, processes: int
-) -> Iterator[list[dict[bool, list[EvalQuestion]]]]:
-    """Rounds of one batch per process, each batch in all forms of prompts that are needed."""
-    forms = sorted({variant.brief for variant in variants})
-    every = zip(*(batches(source.questions(form), size) for form in forms), strict=True)
-    yield from batches((dict(zip(forms, batch, strict=True)) for batch in every), processes)
-
-
-def _pictures(questions: Sequence[EvalQuestion], gallery: int) -> list[dict]:
-    shown = [question for question in questions if question.number < gallery]
-    return [{"picture": question.name, "uri": thumbnail(question)} for question in shown]
 
 
 def _source(args: argparse.Namespace) -> QuestionSource:
@@ -255,9 +235,7 @@ def report(args: argparse.Namespace) -> int:
     score = args.score or best_score(variants)
     if not any(variant.get(score) for variant in variants):
         raise UsageError(f"no result has the score {score}; the command judge adds verdicts")
-    notes = [
-        note for path, file in zip(args.files, files, strict=True) for note in _notes(path, file)
-    ]
+    notes = list(chain.from_iterable(map(_notes, args.files, files)))
     if args.csv:
         write_whole(args.csv, as_csv(variants).encode())
     if args.html:
@@ -266,21 +244,19 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _notes(path: Path, results: ResultsFile) -> list[str]:
+def _notes(path: Path, results: ResultsFile) -> Iterator[str]:
     """The model, the data and the gaps of a file, a line each."""
     o = results.options
     data = ", ".join(f"{name} {_listed(value)}" for name, value in o.get("data", {}).items())
-    notes = [f"{path.name}: {o.get('model')}, {o.get('dtype')}, {data}."]
+    yield f"{path.name}: {o.get('model')}, {o.get('dtype')}, {data}."
     if results.missing:
-        notes.append(f"{path.name}: {_missing_note(results.missing)}.")
-    verdicts = list(results.verdicts.values())
-    if verdicts:
+        yield f"{path.name}: {_missing_note(results.missing)}."
+    if verdicts := list(results.verdicts.values()):
         unclear = sum(not verdict["understood"] for verdict in verdicts)
-        notes.append(
+        yield (
             f"{path.name}: {len(verdicts)} answers graded by {verdicts[0]['verdict']}; {unclear} "
             "verdicts held no score and count as 0."
         )
-    return notes
 
 
 def _listed(value: object) -> str:

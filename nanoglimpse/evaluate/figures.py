@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +51,8 @@ def _format(value: float, unit: str) -> tuple[float, str, str]:
     if unit == "%":
         return 0.01, "%", ".1f"
     if unit in ("FLOP", "B"):
-        for scale, letter in SCALES:
-            if value >= scale:
-                return scale, f" {letter}{unit}", ".3g"
-        return 1.0, f" {unit}", ".3g"
+        scale, letter = next((known for known in SCALES if value >= known[0]), (1.0, ""))
+        return scale, f" {letter}{unit}", ".3g"
     if unit == "ms":
         return 1.0, " ms", ".2f"
     return 1.0, "", ".3f" if abs(value) <= 1 else ".1f"
@@ -62,7 +62,7 @@ def _key(*path: str) -> Callable[[dict], Weighted | None]:
     """Maps a result to the value at a path of keys, with weight 1; to None if it is absent."""
 
     def of(row: dict) -> Weighted | None:
-        value = row
+        value: Any = row
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
         return None if value is None else (float(value), 1.0)
@@ -70,32 +70,32 @@ def _key(*path: str) -> Callable[[dict], Weighted | None]:
     return of
 
 
+def _measures(unit: str, part: str = "", **titles: str) -> tuple[Measure, ...]:
+    """Measures of one unit by the keys of a result, or of the dictionary `part` of a result."""
+    path = [part] if part else []
+    return tuple(
+        Measure("_".join([*path, key]), title, unit, _key(*path, key))
+        for key, title in titles.items()
+    )
+
+
+def _retention(row: dict) -> Weighted:
+    return row["kept"] / max(row["visual"], 1), 1.0
+
+
 def _first_token(row: dict) -> Weighted:
     return sum(spent or 0.0 for stage, spent in row["ms"].items() if stage != "decode"), 1.0
 
 
-SCORES = (
-    Measure("contains", "contains", "", _key("contains")),
-    Measure("exact", "exact", "", _key("exact")),
-    Measure("anls", "ANLS", "", _key("anls")),
-    Measure("f1", "F1", "", _key("f1")),
-    Measure("judge", "judge", "", _key("judge")),
-)
+SCORES = _measures("", contains="contains", exact="exact", anls="ANLS", f1="F1", judge="judge")
 KEPT = (
-    Measure(
-        "retention", "kept (mean)", "%", lambda row: (row["kept"] / max(row["visual"], 1), 1.0)
-    ),
+    Measure("retention", "kept (mean)", "%", _retention),
     Measure("kept", "kept (total)", "%", lambda row: (row["kept"], row["visual"])),
-    Measure("recall", "box recall", "%", _key("recall")),
-    Measure("iou", "box IoU", "%", _key("iou")),
-    Measure("input", "input", "%", _key("input")),
-    Measure("prefill", "prefill", "%", _key("prefill")),
-    Measure("decode_kv", "decode KV", "%", _key("decode_kv")),
+    *_measures("%", recall="box recall", iou="box IoU"),
+    *_measures("%", input="input", prefill="prefill", decode_kv="decode KV"),
 )
 COSTS = (
-    Measure("flops_vision", "vision", "FLOP", _key("flops", "vision")),
-    Measure("flops_prefill", "prefill", "FLOP", _key("flops", "prefill")),
-    Measure("flops_decode", "decode", "FLOP", _key("flops", "decode")),
+    *_measures("FLOP", "flops", vision="vision", prefill="prefill", decode="decode"),
     Measure("paper_prefill", "prefill (paper)", "FLOP", _key("flops", "paper prefill")),
     Measure("paper_decode", "decode (paper)", "FLOP", _key("flops", "paper decode")),
     Measure("kv_rows", "KV rows", "", _key("kv_rows")),
@@ -104,16 +104,13 @@ COSTS = (
     Measure("peak_bytes", "peak memory", "B", _key("peak_bytes")),
 )
 TIMES = (
-    Measure("ms_preprocess", "preprocess", "ms", _key("ms", "preprocess")),
-    Measure("ms_vision", "vision", "ms", _key("ms", "vision")),
-    Measure("ms_before", "layers before", "ms", _key("ms", "before")),
-    Measure("ms_score", "score", "ms", _key("ms", "score")),
-    Measure("ms_keep", "keep", "ms", _key("ms", "keep")),
-    Measure("ms_after", "layers after", "ms", _key("ms", "after")),
+    *_measures("ms", "ms", preprocess="preprocess", vision="vision", before="layers before"),
+    *_measures("ms", "ms", score="score", keep="keep", after="layers after"),
     Measure("ms_first", "to first token", "ms", _first_token),
-    Measure("ms_decode", "a token", "ms", _key("ms", "decode")),
+    *_measures("ms", "ms", decode="a token"),
 )
-MEASURES = {measure.key: measure for measure in (*SCORES, *KEPT, *COSTS, *TIMES)}
+FAMILIES = {"score": SCORES, "kept": KEPT, "cost of a question": COSTS, "time": TIMES}
+MEASURES = {measure.key: measure for family in FAMILIES.values() for measure in family}
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,14 @@ class VariantResults:
     def name(self) -> str:
         """The label with the form of the prompts."""
         return f"{self.label}{' brief' if self.brief else ''}"
+
+    @property
+    def uncapped(self) -> str:
+        """The label without the cap."""
+        if self.ratio is None:
+            return self.label
+        before, _, after = self.label.rpartition(f" {self.ratio:g}")
+        return before + after
 
     @property
     def groups(self) -> list[str]:
@@ -189,24 +194,16 @@ def variant_results(file: ResultsFile, prefix: str = "") -> list[VariantResults]
     variants: dict[str, list[dict]] = {}
     for row in file.rows:
         verdict = file.verdicts.get((row["arm"], row["question"]))
-        variants.setdefault(row["arm"], []).append(
-            row | ({"judge": verdict["score"]} if verdict else {})
-        )
+        graded = {"judge": verdict["score"]} if verdict else {}
+        variants.setdefault(row["arm"], []).append(row | graded)
     return [_summary(rows, prefix) for rows in variants.values()]
 
 
 def _summary(rows: list[dict], prefix: str) -> VariantResults:
     first = rows[0]
     label = first["arm"].removesuffix(" brief") if first["brief"] else first["arm"]
-    return VariantResults(
-        label=prefix + label,
-        method=first["method"],
-        ratio=first["ratio"],
-        brief=first["brief"],
-        stop=first.get("stop"),
-        rows=rows,
-        figures=summarise(rows),
-    )
+    same: dict[str, Any] = {key: first.get(key) for key in ("method", "ratio", "brief", "stop")}
+    return VariantResults(prefix + label, rows=rows, figures=summarise(rows), **same)
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
@@ -232,15 +229,14 @@ def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
 def _columns(rows: Sequence[dict]) -> tuple[Tensor, Tensor]:
     """Values and weights fp64 [n, measures]; both are 0 where a measure does not apply."""
     pairs = [[m.of(row) or (0.0, 0.0) for m in MEASURES.values()] for row in rows]
-    return torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    values, weights = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    return values, weights
 
 
 def _figures(values: Tensor, draws: Tensor, counts: Tensor) -> dict[str, Figure]:
-    low, high = bounds(draws)
-    columns = zip(values.tolist(), low.tolist(), high.tolist(), counts.tolist(), strict=True)
-    return {
-        key: Figure(*column) for key, column in zip(MEASURES, columns, strict=True) if column[3]
-    }
+    columns = zip(values.tolist(), *bounds(draws).tolist(), counts.tolist(), strict=True)
+    figures = zip(MEASURES, starmap(Figure, columns), strict=True)
+    return {key: figure for key, figure in figures if figure.count}
 
 
 def best_score(variants: Variants) -> str:

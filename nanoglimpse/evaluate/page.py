@@ -5,26 +5,15 @@ pointer.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from nanoglimpse.evaluate.figures import (
-    AVERAGE,
-    COSTS,
-    KEPT,
-    MEASURES,
-    SCORES,
-    TIMES,
-    Figure,
-    Measure,
-    VariantResults,
-    Variants,
-)
+from nanoglimpse.evaluate.figures import AVERAGE, FAMILIES, MEASURES, VariantResults, Variants
 from nanoglimpse.evaluate.store import ResultsFile
 
 TEMPLATE = Path(__file__).with_name("page.html")
-FAMILIES = {"score": SCORES, "kept": KEPT, "cost of a question": COSTS, "time": TIMES}
 COLOURS = (
     *("#b3256b", "#1f6fb4", "#d9822b", "#2a9d5c", "#7a4fbf", "#c0392b"),
     *("#14919b", "#8d6e3f", "#5c6b7a", "#e06aa8", "#7f9c1f", "#3344cc"),
@@ -42,59 +31,47 @@ def page(variants: Variants, files: Sequence[ResultsFile], score: str, notes: Se
         score: the key of the score in charts and gallery.
         notes: lines at the top of the page.
     """
-    measures = {
-        family: [m for m in members if any(variant.get(m.key) for variant in variants)]
+    families = {
+        family: [m.key for m in members if any(variant.get(m.key) for variant in variants)]
         for family, members in FAMILIES.items()
     }
+    # By measure: the attribute of its cells, a border at the left of every family.
+    border = ' class="first"'
+    columns = {key: border * (key == keys[0]) for keys in families.values() for key in keys}
     groups = [AVERAGE, *dict.fromkeys(group for variant in variants for group in variant.groups)]
     parts = {
         "notes": "\n".join(f'<p class="faint">{escape(note)}</p>' for note in notes),
         "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
         "caps": _caps(variants, every=True),
-        "head": _head({family: members for family, members in measures.items() if members}),
-        "bodies": "\n".join(_body(variants, group, measures) for group in groups),
+        "head": _head({family: len(keys) for family, keys in families.items() if keys}, columns),
+        "bodies": "\n".join(_body(variants, group, columns) for group in groups),
         "score": escape(MEASURES[score].title),
         "charts": _charts(variants, score, groups),
         "gallery": _gallery(variants, files, score),
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    head, *rest = text.split("{{")
-    # Not with str.replace, since an answer may contain the marker of another part.
-    pieces = [piece.partition("}}") for piece in rest]
-    return head + "".join(parts[name] + text for name, _, text in pieces)
+    # In one pass, since an answer may contain the marker of another part.
+    return re.sub(r"{{(\w+)}}", lambda name: parts[name[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _head(measures: dict[str, list[Measure]]) -> str:
+def _head(widths: dict[str, int], columns: dict[str, str]) -> str:
     families = "".join(
-        f'<th class="first" colspan="{len(members)}">{escape(family)}</th>'
-        for family, members in measures.items()
+        f'<th class="first" colspan="{width}">{escape(family)}</th>'
+        for family, width in widths.items()
     )
-    titles = "".join(
-        f"<th{_first(m, members)}>{escape(m.title)}</th>"
-        for members in measures.values()
-        for m in members
-    )
+    titles = "".join(f"<th{at}>{escape(MEASURES[key].title)}</th>" for key, at in columns.items())
     return (
         f'<tr class="head"><th></th><th colspan="2"></th>{families}</tr>\n'
         f'<tr class="titles"><th>method</th><th>prompt</th><th>n</th>{titles}</tr>'
     )
 
 
-def _first(measure: Measure, family: list[Measure]) -> str:
-    return ' class="first"' if measure is family[0] else ""
-
-
-def _body(variants: Variants, group: str, measures: dict[str, list[Measure]]) -> str:
+def _body(variants: Variants, group: str, columns: dict[str, str]) -> str:
     lines = []
     for variant in variants:
         if group not in variant.figures:
             continue
         count = sum(row["group"] == group for row in variant.rows) or len(variant.rows)
-        cells = [
-            _cell(variant.get(m.key, group), m, _first(m, members))
-            for members in measures.values()
-            for m in members
-        ]
+        cells = [_cell(variant, key, group, at) for key, at in columns.items()]
         form = "brief" if variant.brief else "free"
         lines.append(
             f"<tr{_marks(variant)}><td>{escape(variant.label)}</td><td>{form}</td>"
@@ -118,17 +95,18 @@ def _caps(variants: Variants, every: bool) -> str:
     return "".join(options)
 
 
-def _cell(figure: Figure | None, measure: Measure, first: str) -> str:
-    if figure is None or math.isnan(figure.value):
-        return f'<td{first} data-v="NaN"></td>'
-    title = escape(measure.text(figure, interval=True))
+def _cell(variant: VariantResults, key: str, group: str, attribute: str) -> str:
+    figure = variant.get(key, group)
+    if figure is None:
+        return f'<td{attribute} data-v="NaN"></td>'
+    title = escape(variant.text(key, group, interval=True))
     value = f'data-v="{figure.value:.6g}" title="{title}"'
-    return f"<td{first} {value}>{measure.text(figure)}</td>"
+    return f"<td{attribute} {value}>{variant.text(key, group)}</td>"
 
 
 def _charts(variants: Variants, score: str, groups: Sequence[str]) -> str:
     """The legend, and a chart for every group and form of the prompts."""
-    methods = list(dict.fromkeys(_series(variant) for variant in variants))
+    methods = list(dict.fromkeys(variant.uncapped for variant in variants))
     # One group is its own average.
     shown = groups[:1] if len(groups) == 2 else groups
     charts = []
@@ -147,8 +125,8 @@ def _charts(variants: Variants, score: str, groups: Sequence[str]) -> str:
 
 def _mark(number: int, x: float, y: float, title: str = "") -> str:
     """The mark of a series: a dot, or another shape when the colours repeat."""
-    shape, colour = divmod(number, len(COLOURS))
-    colour = COLOURS[colour]
+    shape, place = divmod(number, len(COLOURS))
+    colour = COLOURS[place]
     label = f"<title>{escape(title)}</title>" if title else ""
     if not shape:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{label}</circle>'
@@ -159,40 +137,32 @@ def _mark(number: int, x: float, y: float, title: str = "") -> str:
     )
 
 
-def _series(variant: VariantResults) -> str:
-    """The label without the cap, which the points of a line have in common."""
-    if variant.ratio is None:
-        return variant.label
-    return " ".join(word for word in variant.label.split() if word != f"{variant.ratio:g}")
-
-
 def chart(variants: Variants, score: str, group: str, title: str, methods: Sequence[str]) -> str:
     """Score against retention as SVG, with a root scale that spreads small retentions."""
-    figures = [variant.get(score, group) for variant in variants]
     # The axis starts below the lowest score, but not below all intervals.
-    base = math.floor(10 * max(min(figure.value for figure in figures) - 0.02, 0.0)) / 10
+    lowest = min(variant.figures[group][score].value for variant in variants)
+    base = math.floor(10 * max(lowest - 0.02, 0.0)) / 10
     parts = [f'<text x="{LEFT}" y="14" font-weight="600">{escape(title)}</text>', _axes(base)]
-    lines: dict[str, list[tuple[float, float, str]]] = {}
-    for variant, figure in zip(variants, figures, strict=True):
-        kept, number = variant.get("decode_kv", group), methods.index(_series(variant))
+    lines: dict[int, list[tuple[float, float, str]]] = {}
+    for variant in variants:
+        number = methods.index(variant.uncapped)
+        figure, kept = (variant.figures[group][key] for key in (score, "decode_kv"))
         x, y = _x(kept.value), _y(figure.value, base)
         label = f"{variant.label}: {figure.value:.3f} at {kept.value:.1%}"
-        ends = [_y(max(value, base), base) for value in (figure.low, figure.high)]
+        low, high = (_y(max(value, base), base) for value in (figure.low, figure.high))
         bar = (
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" '
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" '
             f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-opacity="0.3"/>'
         )
-        lines.setdefault(_series(variant), []).append((x, y, bar + _mark(number, x, y, label)))
-    for method, points in lines.items():
+        lines.setdefault(number, []).append((x, y, bar + _mark(number, x, y, label)))
+    for number, points in lines.items():
         points.sort()
-        number = methods.index(method)
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
-        stroke = COLOURS[number % len(COLOURS)]
         dash = ' stroke-dasharray="5 3"' if number >= len(COLOURS) else ""
-        marks = "".join(mark for _, _, mark in points)
         parts.append(
-            f'<g data-series="{number}"><polyline points="{path}" fill="none" stroke="{stroke}"'
-            f"{dash}/>{marks}</g>"
+            f'<g data-series="{number}"><polyline points="{path}" fill="none" '
+            f'stroke="{COLOURS[number % len(COLOURS)]}"{dash}/>'
+            f"{''.join(mark for _, _, mark in points)}</g>"
         )
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">' + "\n".join(parts) + "</svg>"
 
@@ -288,10 +258,6 @@ def dropped(cells: str, width: int, height: int) -> str:
     kept = f"{int(cells, 16):0{4 * len(cells)}b}"
     path = []
     for y in range(height):
-        row, x = kept[y * width : (y + 1) * width], 0
-        while x < width:
-            run = len(row[x:]) - len(row[x:].lstrip(row[x]))
-            if row[x] == "0":
-                path.append(f"M{x} {y}h{run}v1h-{run}z")
-            x += run
+        runs = re.finditer("0+", kept[y * width : (y + 1) * width])
+        path += [f"M{run.start()} {y}h{len(run[0])}v1h-{len(run[0])}z" for run in runs]
     return "".join(path)

@@ -11,7 +11,7 @@ from typing import Protocol
 from PIL import Image
 
 from nanoglimpse.data.qa import QA, as_qa
-from nanoglimpse.data.viscot import read_benchmark, read_rows
+from nanoglimpse.data.viscot import Row, read_benchmark, read_rows
 from nanoglimpse.errors import UsageError
 from nanoglimpse.inputs.images import load_picture
 from nanoglimpse.world import QUESTION_KINDS, SPLITS, Box, render
@@ -51,8 +51,10 @@ class EvalQuestion:
         if box is None:
             return replace(self, picture=image)
         sides = (*image.size, *image.size)
-        shares = tuple(min(max(at / side, 0.0), 1.0) for at, side in zip(box, sides, strict=True))
-        return replace(self, picture=image, qa=replace(self.qa, boxes=(shares,)), pixel_box=None)
+        shares = (min(max(at / side, 0.0), 1.0) for at, side in zip(box, sides, strict=True))
+        x0, y0, x1, y1 = shares
+        qa = replace(self.qa, boxes=((x0, y0, x1, y1),))
+        return replace(self, picture=image, qa=qa, pixel_box=None)
 
 
 class QuestionSource(Protocol):
@@ -125,15 +127,14 @@ class FileQuestions(QuestionSource):
     def __init__(self, paths: Sequence[Path], pictures: Path | None, count: int | None):
         self.missing: list[str] = []
         self._questions: list[EvalQuestion] = []
-        numbers = Counter()
+        numbers: Counter[str] = Counter()
         for path in paths:
-            for question in _read(path, pictures or path.parent):
-                number = numbers[question.group]
-                if not question.picture.is_file():
-                    self.missing.append(str(question.picture))
-                elif count is None or number < count:
-                    self._questions.append(replace(question, number=number))
-                    numbers[question.group] += 1
+            for row in _read(path, pictures or path.parent):
+                if not row.picture.is_file():
+                    self.missing.append(str(row.picture))
+                elif count is None or numbers[row.group] < count:
+                    self._questions.append(EvalQuestion(**vars(row), number=numbers[row.group]))
+                    numbers[row.group] += 1
         if not self._questions:
             first = f"; the first missing picture is {self.missing[0]}" if self.missing else ""
             raise UsageError(f"{', '.join(map(str, paths))}: no usable questions{first}")
@@ -148,13 +149,11 @@ class FileQuestions(QuestionSource):
             yield replace(question, qa=question.qa.brief()) if brief else question
 
 
-def _read(path: Path, pictures: Path) -> Iterator[EvalQuestion]:
+def _read(path: Path, pictures: Path) -> Iterator[Row]:
     """Reads a file; the suffix .json stands for VisCoT's benchmark, any other for a .jsonl."""
     if path.suffix == ".json":
-        rows = read_benchmark(path, pictures)
-    else:
-        rows = read_rows(path, pictures, need_boxes=False)
-    return (EvalQuestion(**vars(row)) for row in rows)
+        return read_benchmark(path, pictures)
+    return read_rows(path, pictures, need_boxes=False)
 
 
 def _check_names(questions: Sequence[EvalQuestion]) -> None:

@@ -6,24 +6,26 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanoglimpse.data.qa import Example, token_mask
 from nanoglimpse.engine import Engine
-from nanoglimpse.evaluate.questions import EvalQuestion
+from nanoglimpse.evaluate.questions import EvalQuestion, QuestionSource
 from nanoglimpse.evaluate.scores import anls, contains, exact, overlap, token_f1
 from nanoglimpse.evaluate.variants import Variant
 from nanoglimpse.flops import RowCounts, count
 from nanoglimpse.inference.decode import lookahead
 from nanoglimpse.inference.outputs import Clock, Prefill, peak_bytes
-from nanoglimpse.inputs.images import joined
+from nanoglimpse.inputs.images import joined, load_picture
 from nanoglimpse.methods.base import Needs
 from nanoglimpse.model.vision import VisionOutput
 
 MAX_NEW_TOKENS = 64
 THUMB = 448
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,8 @@ class QuestionBatch:
         self,
         engine: Engine,
         questions: Sequence[EvalQuestion],
-        *,
         vision: dict[tuple, CachedVision] | None = None,
-        prompt_options: dict | None = None,
+        **prompt_options: Any,
     ):
         """Reads the pictures and makes the prompts.
 
@@ -65,7 +66,7 @@ class QuestionBatch:
         self.engine, begun = engine, time.perf_counter()
         self.questions = [question.loaded() for question in questions]
         self.prompts = [
-            engine.prompt(question.picture, question.qa.question, **prompt_options or {})
+            engine.prompt(question.picture, question.qa.question, **prompt_options)
             for question in self.questions
         ]
         self.preprocess = 1000 * (time.perf_counter() - begun)
@@ -90,11 +91,7 @@ class QuestionBatch:
 
 
 def answer_batch(
-    batch: QuestionBatch,
-    variant: Variant,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    gallery: int = 0,
+    batch: QuestionBatch, variant: Variant, max_new_tokens: int = MAX_NEW_TOKENS, gallery: int = 0
 ) -> list[dict]:
     """Answers a batch greedily and returns a result for each of its questions.
 
@@ -133,8 +130,7 @@ def answer_batch(
     results = []
     for i, question in enumerate(questions):
         reply = engine.processor.decode(tokens[i])
-        result = _identity(question, variant) | _scores(question, reply)
-        result |= _kept(prefill, i, batch.masks[i])
+        result = _scored(question, variant, reply) | _kept(prefill, i, batch.masks[i])
         result |= _costs(engine, prefill, i, len(tokens[i])) | shared
         if question.number < gallery:
             result |= _gallery_entry(engine, prefill, i, question)
@@ -146,25 +142,18 @@ def _peak(device: torch.device) -> int | None:
     return peak_bytes(device) if device.type == "cuda" else None
 
 
-def _identity(question: EvalQuestion, variant: Variant) -> dict:
+def _scored(question: EvalQuestion, variant: Variant, reply: str) -> dict:
+    """A reply with its scores, and the question and the variant that it comes from."""
+    wanted, short = question.qa.answer, question.qa.short
     return {
         "question": question.name,
         "arm": variant.name,
-        "method": variant.method,
-        "ratio": variant.ratio,
-        "brief": variant.brief,
-        "kv_drop": variant.kv_drop,
+        **vars(variant),
         "group": question.group,
         "kind": question.kind,
         "asked": question.qa.question,
-        "wanted": question.qa.answer,
-        "short": question.qa.short,
-    }
-
-
-def _scores(question: EvalQuestion, reply: str) -> dict:
-    wanted, short = question.qa.answer, question.qa.short
-    return {
+        "wanted": wanted,
+        "short": short,
         "reply": reply,
         "contains": contains(reply, short),
         "exact": exact(reply, wanted),
@@ -249,29 +238,39 @@ def bits(mask: Tensor) -> str:
     return f"{int(text or '0', 2):0{len(text) // 4}x}"
 
 
-def thumbnail(question: EvalQuestion) -> str:
-    """The picture as the data URI of a small JPEG."""
-    image, data = question.loaded().picture.copy(), io.BytesIO()
-    image.thumbnail((THUMB, THUMB))
-    image.save(data, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+def pictures(questions: Sequence[EvalQuestion], gallery: int) -> Iterator[dict]:
+    """Records of small pictures, for the first `gallery` questions of each group."""
+    for question in [question for question in questions if question.number < gallery]:
+        image, data = load_picture(question.picture).copy(), io.BytesIO()
+        image.thumbnail((THUMB, THUMB))
+        image.save(data, "JPEG", quality=85)
+        uri = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        yield {"picture": question.name, "uri": uri}
 
 
-def batches(questions: Iterator[EvalQuestion], size: int) -> Iterator[list[EvalQuestion]]:
-    """Lists of `size` questions, the last one shorter."""
-    while batch := list(islice(questions, size)):
+def rounds(
+    source: QuestionSource, variants: Sequence[Variant], size: int, processes: int
+) -> Iterator[list[dict[bool, list[EvalQuestion]]]]:
+    """Rounds of one batch per process, each batch in all forms of prompts that are needed."""
+    forms = sorted({variant.brief for variant in variants})
+    every = zip(*(batches(source.questions(form), size) for form in forms), strict=True)
+    yield from batches((dict(zip(forms, batch, strict=True)) for batch in every), processes)
+
+
+def batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter."""
+    while batch := list(islice(items, size)):
         yield batch
 
 
-def score_examples(
-    engine: Engine, examples: Sequence[Example], variant: Variant | None = None, size: int = 8
-) -> dict[str, float]:
+def score_examples(engine: Engine, examples: Sequence[Example], size: int = 8) -> dict[str, float]:
     """Means of retention, recall of the evidence and accuracy over the questions of examples.
+
+    GlimpsePrune answers them with the rule of its weights.
 
     Args:
         engine: the engine that answers.
         examples: pictures with questions; those without evidence do not count for the recall.
-        variant: how to answer; GlimpsePrune with the rule of its weights if None.
         size: questions in a batch.
     """
     pairs = [(example.image, qa) for example in examples for qa in example.qas]
@@ -281,7 +280,7 @@ def score_examples(
     rows = [
         row
         for some in batches(questions, size)
-        for row in answer_batch(QuestionBatch(engine, some), variant or Variant("glimpse"))
+        for row in answer_batch(QuestionBatch(engine, some), Variant("glimpse"))
     ]
     values = {
         "retention": [row["kept"] / row["visual"] for row in rows],

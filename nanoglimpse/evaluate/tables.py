@@ -3,38 +3,20 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
-from nanoglimpse.evaluate.figures import (
-    AVERAGE,
-    COSTS,
-    KEPT,
-    MEASURES,
-    SCORES,
-    TIMES,
-    Measure,
-    VariantResults,
-    Variants,
-)
+from nanoglimpse.evaluate.figures import AVERAGE, FAMILIES, MEASURES, VariantResults, Variants
 from nanoglimpse.evaluate.interval import LEVEL
 
 # The categories of the paper's Table 2; any other data set is a category of its own.
 CATEGORIES = {
-    "flickr30k": "general VQA",
-    "v7w": "general VQA",
-    "visual7w": "general VQA",
-    "gqa": "relation reasoning",
-    "openimages": "relation reasoning",
-    "vsr": "relation reasoning",
-    "cub": "fine grained",
-    "docvqa": "doc/text",
-    "textcap": "doc/text",
-    "textcaps": "doc/text",
-    "textvqa": "doc/text",
-    "dude": "doc/text",
-    "sroie": "doc/text",
-    "infographicsvqa": "chart",
-    "infovqa": "chart",
+    "general VQA": ("flickr30k", "v7w", "visual7w"),
+    "relation reasoning": ("gqa", "openimages", "vsr"),
+    "fine grained": ("cub",),
+    "doc/text": ("docvqa", "textcap", "textcaps", "textvqa", "dude", "sroie"),
+    "chart": ("infographicsvqa", "infovqa"),
 }
+CATEGORY_OF = {name: category for category, names in CATEGORIES.items() for name in names}
 # A table with more columns is transposed.
 MAX_COLUMNS = 9
 
@@ -62,12 +44,12 @@ def progress_table(variants: Variants, groups: Sequence[str]) -> str:
     return markdown(lines)
 
 
-def overview(variants: Variants, measures: Sequence[Measure], interval: bool) -> str:
+def overview(variants: Variants, family: str) -> str:
     """A line per variant: means over groups of the measures that apply to any variant."""
-    measures = [m for m in measures if any(variant.get(m.key) for variant in variants)]
+    measures = [m for m in FAMILIES[family] if any(variant.get(m.key) for variant in variants)]
     lines = [["method", "n", *(m.title for m in measures)]]
     for variant in variants:
-        shown = [variant.text(m.key, interval=interval) for m in measures]
+        shown = [variant.text(m.key, interval=True) for m in measures]
         lines.append([variant.name, str(len(variant.rows)), *shown])
     return markdown(lines)
 
@@ -87,30 +69,20 @@ def by_form(variants: Variants, score: str) -> str:
 
 def by_cap(variants: Variants, score: str) -> str:
     """Methods against caps, with free-form and brief prompts side by side; empty for one cap."""
-    caps = sorted(
-        {variant.ratio for variant in variants}, key=lambda cap: (cap is not None, -(cap or 0.0))
-    )
+    caps = list({variant.ratio for variant in variants})
+    caps.sort(key=lambda cap: (cap is not None, -(cap or 0.0)))
     if len(caps) < 2:
         return ""
     forms = sorted({variant.brief for variant in variants})
-    found = {(v.ratio, v.brief, _uncapped(v)): v.text(score) for v in variants}
+    found = {(v.ratio, v.brief, v.uncapped): v.text(score) for v in variants}
     titles = ["no cap" if cap is None else f"{cap:.1%}" for cap in caps]
     if len(forms) > 1:
         titles = [f"{title} {form}" for title in titles for form in ("free-form", "brief")]
     lines = [["method", *titles]]
-    for name in dict.fromkeys(map(_uncapped, variants)):
+    for name in dict.fromkeys(variant.uncapped for variant in variants):
         cells = [found.get((cap, brief, name), "") for cap in caps for brief in forms]
         lines.append([name, *cells])
     return markdown(lines)
-
-
-def _uncapped(variant: VariantResults) -> str:
-    """The label without the cap."""
-    return (
-        variant.label
-        if variant.ratio is None
-        else variant.label.replace(f" {variant.ratio:g}", "", 1)
-    )
 
 
 def by_kind(variants: Variants, score: str) -> str:
@@ -120,22 +92,24 @@ def by_kind(variants: Variants, score: str) -> str:
         return ""
     measure, lines = MEASURES[score], [["method", *kinds]]
     for variant in variants:
-        pairs = {kind: [] for kind in kinds}
+        pairs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for row in variant.rows:
             pairs[row.get("kind", "")].append(measure.of(row) or (0.0, 0.0))
-        sums = [
-            [sum(column) for column in zip(*members, strict=True)] for members in pairs.values()
-        ]
+        sums = [list(map(sum, zip(*members, strict=True))) for members in pairs.values()]
         shown = [f"{total[0] / total[1]:.3f}" if total and total[1] else "" for total in sums]
         lines.append([variant.name, *shown])
     return markdown(lines)
 
 
 def by_group(variants: Variants, score: str) -> str:
-    """Table 2: groups and their average in a block per cap; retention is below each score."""
+    """Table 2: groups and their average in a block per cap; retention is below each score.
+
+    The dense model comes first, then ascending caps, then variants without a cap.
+    """
     groups = list(dict.fromkeys(group for variant in variants for group in variant.groups))
     lines = [["method", *groups, AVERAGE]]
-    for title, block in _blocks(variants).items():
+    order = sorted(variants, key=lambda v: (v.method != "dense", v.ratio is None, v.ratio or 0.0))
+    for title, block in groupby(order, _block):
         lines.append([f"*{title}*", *[""] * (len(groups) + 1)])
         for variant in block:
             for title, key in ((variant.name, score), ("kept", "retention")):
@@ -144,24 +118,11 @@ def by_group(variants: Variants, score: str) -> str:
     return markdown(lines)
 
 
-def _blocks(variants: Variants) -> dict[str, list[VariantResults]]:
-    """Variants by cap: the dense model, then ascending caps, then variants without a cap."""
-    order = sorted(
-        variants,
-        key=lambda variant: (
-            variant.method != "dense",
-            variant.ratio is None,
-            variant.ratio or 0.0,
-        ),
-    )
-    blocks: dict[str, list[VariantResults]] = {}
-    for variant in order:
-        if variant.method == "dense":
-            title = "all visual tokens"
-        else:
-            title = "no cap" if variant.ratio is None else f"at most {variant.ratio:.1%}"
-        blocks.setdefault(title, []).append(variant)
-    return blocks
+def _block(variant: VariantResults) -> str:
+    """The title of a variant's block in `by_group`."""
+    if variant.method == "dense":
+        return "all visual tokens"
+    return "no cap" if variant.ratio is None else f"at most {variant.ratio:.1%}"
 
 
 def by_category(variants: Variants, score: str) -> str:
@@ -172,7 +133,7 @@ def by_category(variants: Variants, score: str) -> str:
     groups = list(dict.fromkeys(group for variant in variants for group in variant.groups))
     categories: dict[str, list[str]] = {}
     for group in groups:
-        categories.setdefault(CATEGORIES.get(group.lower(), group), []).append(group)
+        categories.setdefault(CATEGORY_OF.get(group.lower(), group), []).append(group)
     if list(categories) == groups:
         return ""
     lines = [["method", *categories, AVERAGE]]
@@ -192,9 +153,7 @@ def by_layer(variants: Variants, score: str) -> str:
         return ""
     keys = ("flops_prefill", "paper_prefill")
     lines = [["pruned after", "method", "score", "prefill", "prefill (paper)"]]
-    for variant in sorted(
-        variants, key=lambda variant: (variant.stop is not None, variant.stop or 0)
-    ):
+    for variant in sorted(variants, key=lambda v: (v.stop is not None, v.stop or 0)):
         layer = "–" if variant.stop is None else str(variant.stop)
         costs = [variant.text(key) for key in keys]
         lines.append([layer, variant.name, variant.text(score), *costs])
@@ -203,10 +162,11 @@ def by_layer(variants: Variants, score: str) -> str:
 
 def by_cost(variants: Variants, score: str) -> str:
     """Table 7: a column per variant, a line per cost."""
-    keys = ("ms_preprocess", "ms_vision", "ms_before", "ms_score", "ms_keep", "ms_after")
-    keys = ("flops_prefill", "paper_prefill", *keys, "ms_first", "kv_rows", "kv_bytes")
-    keys = (*keys, "flops_decode", "paper_decode", "ms_decode", "tokens", "peak_bytes", score)
-    titles = {m.key: f"prefill: {m.title}" if m in TIMES else m.title for m in MEASURES.values()}
+    keys = ["flops_prefill", "paper_prefill", "ms_preprocess", "ms_vision", "ms_before"]
+    keys += ["ms_score", "ms_keep", "ms_after", "ms_first", "kv_rows", "kv_bytes"]
+    keys += ["flops_decode", "paper_decode", "ms_decode", "tokens", "peak_bytes", score]
+    titles = {measure.key: measure.title for measure in MEASURES.values()}
+    titles |= {measure.key: f"prefill: {measure.title}" for measure in FAMILIES["time"]}
     titles |= {"flops_prefill": "prefill FLOPs", "paper_prefill": "prefill FLOPs (paper)"}
     titles |= {"flops_decode": "decode FLOPs", "paper_decode": "decode FLOPs (paper)"}
     titles |= {"ms_first": "time to first token", "ms_decode": "time per token", score: "score"}
@@ -236,13 +196,13 @@ def document(variants: Variants, score: str, notes: Sequence[str]) -> str:
         "# Comparison",
         *notes,
         f"## Scores\n\nMeans over groups; {level}.",
-        overview(variants, SCORES, True),
+        overview(variants, "score"),
         f"## Kept visual tokens\n\nShares of all visual tokens; {level}.",
-        overview(variants, KEPT, True),
+        overview(variants, "kept"),
         f"## Cost\n\nMeans per question; {level}.",
-        overview(variants, COSTS, True),
+        overview(variants, "cost of a question"),
         f"## Time\n\nTime of a batch divided by its questions; {level}.",
-        overview(variants, TIMES, True),
+        overview(variants, "time"),
     ]
     for title, table in SECTIONS.items():
         if text := table(variants, score):

@@ -11,7 +11,6 @@ import pytest
 from nanoglimpse.evaluate.__main__ import main
 from nanoglimpse.evaluate.figures import (
     AVERAGE,
-    KEPT,
     best_score,
     read_variants,
     summarise,
@@ -239,7 +238,7 @@ def test_layers_and_costs():
 
 def test_overview_has_intervals_in_one_unit():
     variants = variant_results(results_of([result(n, kept=10 + n % 2) for n in range(8)]))
-    head, line = table(overview(variants, KEPT, True))
+    head, line = table(overview(variants, "kept"))
     assert head[:4] == ["method", "n", "kept (mean)", "kept (total)"]
     assert re.fullmatch(r"10\.5% \[10\.\d, 10\.\d\]", line[2])
 
