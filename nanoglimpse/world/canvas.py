@@ -118,8 +118,7 @@ def normalised(box: Pixels, canvas: tuple[int, int]) -> Box:
 
 def shade(rng: random.Random, level: int, chroma: int) -> Colour:
     """A random colour whose channels differ from a grey level by at most `chroma`."""
-    red, green, blue = (min(max(level + rng.randint(-chroma, chroma), 0), 255) for _ in "rgb")
-    return red, green, blue
+    return jitter(rng, (level, level, level), chroma)
 
 
 def jitter(rng: random.Random, colour: Colour, by: int = 6) -> Colour:
