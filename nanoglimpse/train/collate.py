@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class TrainBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TrainBatch":
         """The batch on a device; patches are converted to `dtype` unless they are raw."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -155,7 +156,7 @@ def _branch(processor: Processor, grid: Grid, qa: QA, probe: bool) -> _Branch:
 
 def _answer(processor: Processor, qa: QA) -> tuple[list[int], list[float]]:
     """The tokens of the answer and their weights; the short answer has larger ones."""
-    encoded = processor.tokenizer.encode(qa.answer, add_special_tokens=False)
+    encoded = processor.need_tokenizer().encode(qa.answer, add_special_tokens=False)
     found = re.search(rf"(?<!\w){re.escape(qa.short)}(?!\w)", qa.answer, re.IGNORECASE)
     start, stop = found.span() if found else (0, 0)
     weights = [SHORT_WEIGHT if a < stop and b > start else 1.0 for a, b in encoded.offsets]

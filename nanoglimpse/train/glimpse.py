@@ -133,7 +133,7 @@ class GlimpseTask:
         self.token = GlimpseToken(text, config.le_layers, generator, initial)
         self.predictor = Predictor(engine.config, config, TORCH)
         _initialise(self.predictor, generator)
-        self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
+        self.module: nn.Module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
         self.module.to(engine.device)
         self.rates = {"token": token_rate}
         if not losses.dice and not losses.bce:
@@ -153,7 +153,8 @@ class GlimpseTask:
         torch.manual_seed(self.seed * 1_000_003 + batch.micro)
         vectors = F.dropout(self.token(), self.dropout).to(visual.dtype)
         glimpse_logits, hidden = self._layers(rows, visual, vectors)
-        figures, total = {"samples": len(rows.probe_rows)}, 0.0
+        figures: dict[str, float] = {"samples": len(rows.probe_rows)}
+        total = torch.zeros((), device=self.engine.device)
         if self.losses.dice or self.losses.bce:
             importance = self._importance(rows, glimpse_logits, taps)
             dice, bce, found = location_loss(importance, rows.evidence, rows.located)

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from nanoglimpse.cli.console import Terminated, say
 from nanoglimpse.distributed import ProcessGroup
@@ -105,16 +106,18 @@ class MasterWeights:
     Attributes:
         parameters: the trained parameters.
         copies: their copies.
+        grads: the gradients of the copies.
         optimiser: of the copies; `share` is a group's share of the learning rate.
     """
 
     def __init__(self, module: nn.Module, recipe: Recipe, rates: dict[str, float]):
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self.copies = [p.detach().float().clone().requires_grad_() for p in self.parameters]
+        self.grads = [torch.zeros_like(copy) for copy in self.copies]
         groups: dict[tuple[float, bool], list[Tensor]] = {}
-        for (name, _), copy in zip(named, self.copies, strict=True):
-            copy.grad = torch.zeros_like(copy)
+        for (name, _), copy, grad in zip(named, self.copies, self.grads, strict=True):
+            copy.grad = grad
             share = rates.get(name.partition(".")[0], 1.0)
             groups.setdefault((share, copy.ndim > 1), []).append(copy)
         self.optimiser = torch.optim.AdamW(
@@ -128,9 +131,9 @@ class MasterWeights:
 
     def gather(self) -> None:
         """Moves the gradients of the parameters to the copies, adding up."""
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
             if parameter.grad is not None:
-                copy.grad += parameter.grad
+                grad += parameter.grad
                 parameter.grad = None
 
     def step(self, rate: float, grad_norm: float) -> float:
@@ -213,7 +216,7 @@ def train(
                 (loss / (recipe.accumulate * group.count)).backward()
                 masters.gather()
                 training_log.add(figures)
-            group.sum([copy.grad for copy in masters.copies])
+            group.sum(masters.grads)
             rate = recipe.rate(done)
             norm = masters.step(rate, recipe.grad_norm)
             done += 1
@@ -240,12 +243,10 @@ def _numbers(first: int, recipe: Recipe, group: ProcessGroup) -> list[int]:
 def _batches(task: TrainTask, numbers: list[int], workers: int) -> Iterator[Any]:
     if not workers:
         return map(task.batch, numbers)
-    loader = torch.utils.data.DataLoader(
-        numbers,  # type: ignore[arg-type]  # a list is a data set, too
-        batch_size=None,
-        collate_fn=task.batch,
-        num_workers=workers,
-        prefetch_factor=4,
+    # Any sequence will do as a data set; without a batch size, collate_fn is given a single entry.
+    dataset, make = cast(Dataset, numbers), cast(Callable[[list], Any], task.batch)
+    loader = DataLoader(
+        dataset, batch_size=None, collate_fn=make, num_workers=workers, prefetch_factor=4
     )
     return iter(loader)
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -123,8 +124,8 @@ def retokenized(old: Tensor, before: Tokenizer, now: Tokenizer) -> Tensor:
     spelled it.
     """
     rows = []
-    for number in range(now.get_vocab_size()):
-        known = before.token_to_id(now.id_to_token(number))
+    for token, number in sorted(now.get_vocab().items(), key=itemgetter(1)):
+        known = before.token_to_id(token)
         ids = before.encode(now.decode([number])).ids if known is None else [known]
         rows.append(old[ids].mean(0))
     return torch.stack(rows)
@@ -183,7 +184,8 @@ class BaseTask:
         self.stages, self.seed = stages, seed
         shares = list(accumulate(stage.share for stage in stages))
         self.ends = [micros * share / shares[-1] for share in shares]
-        self.device, self.dtype, self.rates = device, dtype, {}
+        self.device, self.dtype = device, dtype
+        self.rates: dict[str, float] = {}
         text, vision = self.config.text_config, self.config.vision_config
         self.head = CellHead(text.hidden_size)
         if init:
@@ -198,13 +200,14 @@ class BaseTask:
             initialise(self.decoder, text.num_hidden_layers, generator)
             initialise(self.head, 1, generator)
         self.saved = nn.ModuleDict({"vision": self.vision, "decoder": self.decoder})
-        self.module = nn.ModuleDict({**self.saved, "cell_head": self.head})
+        self.module: nn.Module = nn.ModuleDict({**self.saved, "cell_head": self.head})
         self.module.requires_grad_(True).to(device, dtype)
 
     def _initial_parts(self, init: Path) -> tuple[VisionEncoder, Decoder]:
         """The parts of another checkpoint, converted to the tokenizer of this run."""
         config = read_config(init / "config.json")
-        before, now = Processor(init, config).tokenizer, self.processor.tokenizer
+        before = Processor(init, config).need_tokenizer()
+        now = self.processor.need_tokenizer()
         vision, decoder = build(config, OPS, stream(shards(init)), self.dtype, self.device)
         if before.get_vocab() != now.get_vocab():
             for part in (decoder.embed_tokens, decoder.lm_head):
@@ -257,8 +260,8 @@ class BaseTask:
             made = [preprocess_image(p.image, config=self.processor.pixels) for p in pictures]
             patches, grids = torch.cat([m[0] for m in made]), tuple(m[1] for m in made)
         merge = self.config.vision_config.spatial_merge_size
-        targets = [cell_targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
-        targets = tuple(torch.cat(parts) for parts in zip(*targets, strict=True))
+        by_picture = [cell_targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
+        targets = tuple(torch.cat(parts) for parts in zip(*by_picture, strict=True))
         return BaseBatch(patches, grids, targets, aux_weight, rows)
 
     def loss(self, batch: BaseBatch) -> tuple[Tensor, dict[str, float]]:

@@ -73,7 +73,7 @@ def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, 
     canvas.clutter(rng, image, rng.randint(0, round(4 + cells / 20)))
     most = min(max(round(cells / 14), 2), 8)
     count = rng.randint(*spec.num_things or (1 + most // 6, most))
-    pairs, used, things = _pairs(rng, spec), [], []
+    pairs, used, things = _pairs(rng, spec), list[str](), list[Thing]()
     shadow = rng.random() < 0.4
     for box in _places(rng, spec, count):
         for pair in pairs:
@@ -113,9 +113,10 @@ def _places(rng: random.Random, spec: DrawSpec, count: int) -> list[canvas.Pixel
     least, most = min(least, room), min(most, room)
     places: list[canvas.Pixels] = []
     for size in sorted((rng.randint(least, most) for _ in range(count)), reverse=True):
+        place = None
         while size >= least and not (place := _free(rng, spec, size, places)):
             size = size * 4 // 5
-        if size >= least:
+        if place:
             places.append(place)
     rng.shuffle(places)
     return places
@@ -210,7 +211,7 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         return _star()
     near, far = 0.27, 0.73
-    return {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
         "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
@@ -219,7 +220,8 @@ def _corners(shape: str) -> list[tuple[float, float]]:
             *((near, 0), (far, 0), (far, near), (1, near), (1, far), (far, far)),
             *((far, 1), (near, 1), (near, far), (0, far), (0, near), (near, near)),
         ],
-    }[shape]
+    }
+    return corners[shape]
 
 
 def _star() -> list[tuple[float, float]]:
@@ -370,7 +372,8 @@ def _groups(rng: random.Random, things: Sequence[Thing]) -> list[tuple[str, str,
         plural = shape + ("es" if shape.endswith("s") else "s")
         groups.append((shape, plural, [thing for thing in things if thing.kind == shape]))
     rng.shuffle(groups)
-    sizes, ranked = Counter(), []
+    sizes: Counter[int] = Counter()
+    ranked = []
     for group in groups:
         size = len(group[2])
         if 1 <= size <= 5:
