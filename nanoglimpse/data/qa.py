@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanoglimpse.config import Config
 from nanoglimpse.model.rope import Grid
-from nanoglimpse.world import BRIEF_SUFFIX, Box, Question
+from nanoglimpse.world.types import BRIEF_SUFFIX, Box, Question
 
 # How often the kinds of the world's questions are drawn; 1 if not listed. Kinds that take longer to
 # learn are drawn more often. A model of nano's size did not learn "left" and "above" beside the

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +11,11 @@ from nanoglimpse.data.viscot import Row, read_rows
 from nanoglimpse.errors import UsageError
 from nanoglimpse.inputs.images import load_picture
 from nanoglimpse.world import DOMAINS, SPLITS, render
-from nanoglimpse.world.render import CELL
+from nanoglimpse.world.types import CELL
 
 HELDOUT_COUNT = 48
+CELLS = ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16), (20, 20))
+CANVASES = tuple((CELL * wide, CELL * high) for wide, high in CELLS)
 
 
 class ExampleSource(Protocol):
@@ -26,6 +28,7 @@ class ExampleSource(Protocol):
         """A few examples that `examples` never returns."""
 
 
+@dataclass(frozen=True)
 class WorldExamples(ExampleSource):
     """Examples of the synthetic world; a micro-batch has one canvas and one form of prompt.
 
@@ -38,26 +41,17 @@ class WorldExamples(ExampleSource):
         brief: the share of micro-batches with brief prompts.
     """
 
-    CELLS = ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16), (20, 20))
-    CANVASES = tuple((CELL * wide, CELL * high) for wide, high in CELLS)
-
-    def __init__(
-        self,
-        domains: Sequence[str],
-        pictures: int,
-        questions: int,
-        seed: int,
-        *,
-        short: bool = False,
-        brief: float = 0.0,
-    ):
-        self.domains, self.pictures, self.questions, self.seed = domains, pictures, questions, seed
-        self.short, self.brief = short, brief
+    domains: Sequence[str]
+    pictures: int
+    questions: int
+    seed: int
+    short: bool = False
+    brief: float = 0.0
 
     def examples(self, micro: int) -> list[Example]:
         """Pictures of one canvas and domain."""
         rng = random.Random(f"glimpse {self.seed} {micro}")
-        domain, canvas = rng.choice(self.domains), rng.choice(self.CANVASES)
+        domain, canvas = rng.choice(self.domains), rng.choice(CANVASES)
         canvas = canvas if domain == "scene" else (max(canvas[0], 280), max(canvas[1], 280))
         numbers = range(micro * self.pictures, (micro + 1) * self.pictures)
         # The base model was trained on the pictures of `seed` itself.
@@ -66,15 +60,13 @@ class WorldExamples(ExampleSource):
         ]
         # Not drawn from `rng`, so that the share of brief prompts changes no picture or question.
         brief = random.Random(f"brief {self.seed} {micro}").random() < self.brief
-        examples = [
-            Example(p.image, draw_questions(p.questions, self.questions, rng, brief))
-            for p in pictures
-        ]
-        if not self.short:
-            return examples
-        return [
-            replace(e, qas=tuple(replace(qa, answer=qa.short) for qa in e.qas)) for e in examples
-        ]
+        examples = []
+        for picture in pictures:
+            qas = draw_questions(picture.questions, self.questions, rng, brief)
+            if self.short:
+                qas = tuple(replace(qa, answer=qa.short) for qa in qas)
+            examples.append(Example(picture.image, qas))
+        return examples
 
     def heldout(self) -> list[Example]:
         """Pictures of the held-out split with one free-form question each."""

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from nanoglimpse.data.qa import QA
 from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.world import Box
-from nanoglimpse.world.types import REQUEST
+from nanoglimpse.world.types import REQUEST, Box
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from nanoglimpse.methods.schedule import two_thirds
 from nanoglimpse.train.curriculum import CURRICULA
 from nanoglimpse.train.glimpse import GlimpseTask, LossWeights
 from nanoglimpse.train.loop import SCHEDULES, STATE, Recipe, TrainTask, train
-from nanoglimpse.train.pretrain import SETTINGS, TOKENIZER, BaseTask, copy_folder, write_folder
-from nanoglimpse.train.shapes import NANO
+from nanoglimpse.train.pretrain import NANO, SETTINGS, BaseTask, copy_files, write_folder
 from nanoglimpse.train.shared_prefix import OPS
 from nanoglimpse.weights.hub import locate
 from nanoglimpse.world import DOMAINS
@@ -175,13 +174,13 @@ def _base(args: argparse.Namespace) -> int:
         raise UsageError("--retokenize needs --init, the checkpoint to convert")
     init = None
     if args.init and not (args.folder / STATE).exists():
-        init = locate(args.init, [*SETTINGS, TOKENIZER, "*.safetensors"])
+        init = locate(args.init, [*SETTINGS, "*.safetensors"])
     if not (args.folder / "config.json").exists():
         if init and not args.retokenize:
-            copy_folder(init, args.folder)
+            copy_files(init, args.folder)
         else:
-            shape = init / "config.json" if init else args.shape
-            write_folder(args.folder, read_json(shape) if shape else NANO, args.seed)
+            shape = init / "config.json" if init else args.shape or NANO / "config.json"
+            write_folder(args.folder, read_json(shape), args.seed)
     micros = recipe.steps * recipe.accumulate * num_processes()
     stages = [
         replace(

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoglimpse.model.rope import Grid
-from nanoglimpse.world import COLOURS, KINDS, Box, Picture, Thing
 from nanoglimpse.world.canvas import edges
+from nanoglimpse.world.types import COLOURS, KINDS, Box, Picture, Thing
 
 LETTERS, CHARACTERS = "abcdefghijklmnopqrstuvwxyz", "0123456789.ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 NAME_LENGTH, VALUE_LENGTH = 6, 6

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from nanoglimpse.data.qa import QA, Example, token_mask
 from nanoglimpse.inputs.images import preprocess_image
 from nanoglimpse.inputs.processor import Processor
-from nanoglimpse.model.rope import Grid, mrope_positions
+from nanoglimpse.model.rope import Grid, mrope_positions, visual_tokens
 from nanoglimpse.train.shared_prefix import SharedPrefixLayout
 
 IGNORED = -100
@@ -31,7 +32,8 @@ class TrainBatch:
         labels: int64 [B · n · S], the token that each row of a branch has to predict, or IGNORED.
         weights: fp32 [B · n · S], the weight of each label.
         value_rows: int64 [B · n], the rows that predict the first token of the short answer.
-        probe_rows: int64 [B · n], the rows of the glimpse token; empty without one.
+        probe_rows: int64 [B · n], the rows before the answers, which are those of the glimpse token
+            if there is one.
         evidence: bool [B · n, N / B], the visual tokens under the evidence.
         located: bool [B · n], whether a question has evidence.
     """
@@ -51,7 +53,7 @@ class TrainBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TrainBatch":
         """The batch on a device; patches are converted to `dtype` unless they are raw."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -115,9 +117,7 @@ def collate(
         labels=padded([b.labels for b in branches], IGNORED),
         weights=padded([b.weights for b in branches], 0.0),
         value_rows=starts + torch.tensor([b.value for b in branches]),
-        probe_rows=starts + torch.tensor([b.probe for b in branches])
-        if probes
-        else torch.empty(0, dtype=torch.int64),
+        probe_rows=starts + torch.tensor([b.probe for b in branches]),
         evidence=torch.stack([token_mask(qa.boxes, grid, config) for qa in qas]),
         located=torch.tensor([bool(qa.boxes) for qa in qas]),
     )
@@ -125,8 +125,7 @@ def collate(
 
 def _turn(processor: Processor, grid: Grid, question: str) -> list[str | int]:
     config = processor.config
-    count = grid[0] * grid[1] * grid[2] // config.vision_config.merge_unit
-    pads = [config.image_token_id] * count
+    pads = [config.image_token_id] * visual_tokens(grid, config)
     return [config.vision_start_token_id, *pads, config.vision_end_token_id, question]
 
 
@@ -157,7 +156,7 @@ def _branch(processor: Processor, grid: Grid, qa: QA, probe: bool) -> _Branch:
 
 def _answer(processor: Processor, qa: QA) -> tuple[list[int], list[float]]:
     """The tokens of the answer and their weights; the short answer has larger ones."""
-    encoded = processor.tokenizer.encode(qa.answer, add_special_tokens=False)
+    encoded = processor.need_tokenizer().encode(qa.answer, add_special_tokens=False)
     found = re.search(rf"(?<!\w){re.escape(qa.short)}(?!\w)", qa.answer, re.IGNORECASE)
     start, stop = found.span() if found else (0, 0)
     weights = [SHORT_WEIGHT if a < stop and b > start else 1.0 for a, b in encoded.offsets]

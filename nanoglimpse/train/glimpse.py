@@ -26,8 +26,7 @@ from nanoglimpse.model.glimpse import Glimpse, Predictor
 from nanoglimpse.model.layers import Module
 from nanoglimpse.model.rope import mrope
 from nanoglimpse.train.collate import TrainBatch, collate
-from nanoglimpse.train.export import checkpoint_tensors
-from nanoglimpse.train.pretrain import answer_loss
+from nanoglimpse.train.pretrain import answer_loss, checkpoint_tensors
 from nanoglimpse.train.shared_prefix import KeptKeys, recomputed, visual_logits
 from nanoglimpse.weights.glimpse import save_glimpse
 
@@ -134,7 +133,7 @@ class GlimpseTask:
         self.token = GlimpseToken(text, config.le_layers, generator, initial)
         self.predictor = Predictor(engine.config, config, TORCH)
         _initialise(self.predictor, generator)
-        self.module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
+        self.module: nn.Module = nn.ModuleDict({"token": self.token, "predictor": self.predictor})
         self.module.to(engine.device)
         self.rates = {"token": token_rate}
         if not losses.dice and not losses.bce:
@@ -154,7 +153,8 @@ class GlimpseTask:
         torch.manual_seed(self.seed * 1_000_003 + batch.micro)
         vectors = F.dropout(self.token(), self.dropout).to(visual.dtype)
         glimpse_logits, hidden = self._layers(rows, visual, vectors)
-        figures, total = {"samples": len(rows.probe_rows)}, 0.0
+        figures: dict[str, float] = {"samples": len(rows.probe_rows)}
+        total = torch.zeros((), device=self.engine.device)
         if self.losses.dice or self.losses.bce:
             importance = self._importance(rows, glimpse_logits, taps)
             dice, bce, found = location_loss(importance, rows.evidence, rows.located)
@@ -232,14 +232,12 @@ class GlimpseTask:
 
 def _initialise(predictor: Predictor, generator: torch.Generator) -> None:
     """Xavier weights and zero biases; a predictor without blocks starts as the mean over heads."""
-    for parameter in predictor.parameters():
-        if parameter.ndim == 1:
-            continue
-        bound = (6 / max(sum(parameter.shape), 1)) ** 0.5
-        parameter.data.uniform_(-bound, bound, generator=generator)
     for name, parameter in predictor.named_parameters():
         if name.endswith("bias"):
             parameter.data.zero_()
+        elif parameter.ndim > 1:
+            bound = (6 / max(sum(parameter.shape), 1)) ** 0.5
+            parameter.data.uniform_(-bound, bound, generator=generator)
     if not len(predictor.layers):
         predictor.attn_in_proj.weight.data.fill_(1 / predictor.attn_in_proj.weight.shape[1])
         predictor.attn_out_proj.weight.data.fill_(1 / predictor.attn_out_proj.weight.shape[1])

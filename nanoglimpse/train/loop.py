@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from nanoglimpse.cli.console import Terminated, say
 from nanoglimpse.distributed import ProcessGroup
@@ -64,9 +65,8 @@ class Recipe:
         if done < self.warmup:
             return self.lr * done / self.warmup
         if self.schedule == "cosine":
-            return (
-                self.lr * 0.5 * (1 + math.cos(math.pi * (done - self.warmup) / (1 - self.warmup)))
-            )
+            angle = math.pi * (done - self.warmup) / (1 - self.warmup)
+            return self.lr * 0.5 * (1 + math.cos(angle))
         return self.lr * min(1.0, (1 - done) / self.decay)
 
 
@@ -96,48 +96,60 @@ class TrainTask(Protocol):
 
 
 class MasterWeights:
-    """Fp32 copies of the trained parameters, on which the optimiser works.
+    """Fp32 copies of the trained parameters, and AdamW, which works on them and decays matrices.
+
+    Args:
+        module: its parameters that require gradients are trained.
+        recipe: the optimisation.
+        rates: as in `TrainTask`.
 
     Attributes:
         parameters: the trained parameters.
         copies: their copies.
-        parts: the name of the child of the module that each belongs to.
+        grads: the gradients of the copies.
+        optimiser: of the copies; `share` is a group's share of the learning rate.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, recipe: Recipe, rates: dict[str, float]):
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.parts = [name.partition(".")[0] for name, _ in named]
-        self.parameters = [p for _, p in named]
+        self.parameters: list[Tensor] = [p for _, p in named]
         self.copies = [p.detach().float().clone().requires_grad_() for p in self.parameters]
-        for copy in self.copies:
-            copy.grad = torch.zeros_like(copy)
+        self.grads = [torch.zeros_like(copy) for copy in self.copies]
+        groups: dict[tuple[float, bool], list[Tensor]] = {}
+        for (name, _), copy, grad in zip(named, self.copies, self.grads, strict=True):
+            copy.grad = grad
+            share = rates.get(name.partition(".")[0], 1.0)
+            groups.setdefault((share, copy.ndim > 1), []).append(copy)
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": params, "share": share, "weight_decay": recipe.weight_decay * decays}
+                for (share, decays), params in groups.items()
+            ],
+            lr=recipe.lr,
+            betas=recipe.betas,
+        )
 
     def gather(self) -> None:
         """Moves the gradients of the parameters to the copies, adding up."""
-        for parameter, copy in zip(self.parameters, self.copies, strict=True):
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
             if parameter.grad is not None:
-                copy.grad += parameter.grad
+                grad += parameter.grad
                 parameter.grad = None
+
+    def step(self, rate: float, grad_norm: float) -> float:
+        """Steps with the gradients of the copies, clipped to a norm; returns the norm they had."""
+        norm = nn.utils.clip_grad_norm_(self.copies, grad_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["share"] * rate
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=False)
+        self.publish()
+        return float(norm)
 
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the copies into the parameters."""
         torch._foreach_copy_(self.parameters, self.copies)
-
-
-def optimiser(masters: MasterWeights, recipe: Recipe, rates: dict[str, float]) -> torch.optim.AdamW:
-    """AdamW in which only matrices decay; `share` is a group's share of the learning rate."""
-    groups: dict[tuple[float, bool], list[Tensor]] = {}
-    for part, copy in zip(masters.parts, masters.copies, strict=True):
-        groups.setdefault((rates.get(part, 1.0), copy.ndim > 1), []).append(copy)
-    return torch.optim.AdamW(
-        [
-            {"params": params, "share": share, "weight_decay": recipe.weight_decay * decays}
-            for (share, decays), params in groups.items()
-        ],
-        lr=recipe.lr,
-        betas=recipe.betas,
-    )
 
 
 class GracefulStop:
@@ -190,56 +202,35 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NanoglimpseError(f"{folder} cannot be written to: {error}") from None
-    masters = MasterWeights(task.module)
+    masters, state = MasterWeights(task.module, recipe, task.rates), folder / STATE
     group = ProcessGroup(masters.copies[0].device)
-    optim = optimiser(masters, recipe, task.rates)
-    first = 0
-    if (folder / STATE).exists():
-        first = _restore(folder / STATE, settings, masters, optim)
+    first = _restore(state, settings, masters) if state.exists() else 0
     masters.publish()
     leads = group.rank == 0
     training_log = TrainingLog(folder / LOG, first, recipe, log if leads else None)
     batches, done = _batches(task, _numbers(first, recipe, group), recipe.workers), first
     with GracefulStop() as stop:
         while done < recipe.steps:
-            _step(task, batches, masters, optim, group, recipe.rate(done), recipe, training_log)
+            for _ in range(recipe.accumulate):
+                loss, figures = task.loss(next(batches))
+                (loss / (recipe.accumulate * group.count)).backward()
+                masters.gather()
+                training_log.add(figures)
+            group.sum(masters.grads)
+            rate = recipe.rate(done)
+            norm = masters.step(rate, recipe.grad_norm)
             done += 1
+            training_log.step(done, lr=rate, norm=norm)
             stopping = group.any(stop.requested is not None) or done == recipe.steps
             if leads and (done % recipe.evaluate_every == 0 or done == recipe.steps):
                 training_log.evaluation(done, task.evaluate())
             if leads and (done % recipe.save_every == 0 or stopping):
-                _save(folder / STATE, done, settings, masters, optim)
+                _save(state, done, settings, masters)
                 task.save(folder)
             if stopping:
                 break
     group.close()
     return None if done >= recipe.steps else stop.requested or KeyboardInterrupt()
-
-
-def _step(
-    task: TrainTask,
-    batches: Iterator[Any],
-    masters: MasterWeights,
-    optim: torch.optim.AdamW,
-    group: ProcessGroup,
-    rate: float,
-    recipe: Recipe,
-    log: "TrainingLog",
-) -> None:
-    """One optimiser step over the micro-batches of all processes."""
-    for _ in range(recipe.accumulate):
-        loss, figures = task.loss(next(batches))
-        (loss / (recipe.accumulate * group.count)).backward()
-        masters.gather()
-        log.add(figures)
-    group.sum([copy.grad for copy in masters.copies])
-    norm = nn.utils.clip_grad_norm_(masters.copies, recipe.grad_norm)
-    for params in optim.param_groups:
-        params["lr"] = params["share"] * rate
-    optim.step()
-    optim.zero_grad(set_to_none=False)
-    masters.publish()
-    log.step(lr=rate, norm=float(norm))
 
 
 def _numbers(first: int, recipe: Recipe, group: ProcessGroup) -> list[int]:
@@ -252,36 +243,27 @@ def _numbers(first: int, recipe: Recipe, group: ProcessGroup) -> list[int]:
 def _batches(task: TrainTask, numbers: list[int], workers: int) -> Iterator[Any]:
     if not workers:
         return map(task.batch, numbers)
-    return iter(
-        torch.utils.data.DataLoader(
-            _Numbered(task.batch), numbers, num_workers=workers, batch_size=None, prefetch_factor=4
-        )
+    # Any sequence will do as a data set; without a batch size, collate_fn is given a single entry.
+    dataset, make = cast(Dataset, numbers), cast(Callable[[list], Any], task.batch)
+    loader = DataLoader(
+        dataset, batch_size=None, collate_fn=make, num_workers=workers, prefetch_factor=4
     )
+    return iter(loader)
 
 
-class _Numbered(torch.utils.data.Dataset):
-    def __init__(self, make: Callable[[int], Any]):
-        self.make = make
-
-    def __getitem__(self, number: int) -> Any:
-        return self.make(number)
-
-
-def _save(
-    path: Path, step: int, settings: dict, masters: MasterWeights, optim: torch.optim.AdamW
-) -> None:
+def _save(path: Path, step: int, settings: dict, masters: MasterWeights) -> None:
     content = io.BytesIO()
     state = {
         "step": step,
         "same": settings,
         "parameters": [copy.detach() for copy in masters.copies],
-        "optimizer": optim.state_dict(),
+        "optimizer": masters.optimiser.state_dict(),
     }
     torch.save(state, content)
     write_whole(path, content.getvalue())
 
 
-def _restore(path: Path, settings: dict, masters: MasterWeights, optim: torch.optim.AdamW) -> int:
+def _restore(path: Path, settings: dict, masters: MasterWeights) -> int:
     """Loads the state in `path` and returns the number of steps done."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -299,7 +281,7 @@ def _restore(path: Path, settings: dict, masters: MasterWeights, optim: torch.op
     with torch.no_grad():
         for copy, value in zip(masters.copies, state["parameters"], strict=True):
             copy.copy_(value)
-    optim.load_state_dict(state["optimizer"])
+    masters.optimiser.load_state_dict(state["optimizer"])
     return step
 
 
@@ -309,7 +291,7 @@ class TrainingLog:
     def __init__(self, path: Path, first: int, recipe: Recipe, log: Callable[[str], None] | None):
         self.journal, self.recipe, self.log = Journal(path), recipe, log
         self.sums: dict[str, float] = {}
-        self.count, self.first, self.done = 0, first, first
+        self.count, self.first = 0, first
         self.start = self.since = time.perf_counter()
         if log and path.exists():
             # Steps that a killed run logged after its last saved state are trained again.
@@ -322,35 +304,28 @@ class TrainingLog:
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.count += 1
 
-    def step(self, **figures: float) -> None:
-        """Counts a step; every `log_every` steps the means of the added figures are written."""
-        self.done += 1
-        done = self.done
+    def step(self, done: int, **figures: float) -> None:
+        """Reports every `log_every` steps the means of the added figures, and `figures`."""
         if done % self.recipe.log_every and done != self.recipe.steps:
             return
         now = time.perf_counter()
         mean = {name: value / self.count for name, value in self.sums.items()}
         speed = self.sums.get("samples", 0.0) / (now - self.since)
         remaining = (now - self.start) / (done - self.first) * (self.recipe.steps - done)
-        self._write({"step": done, **mean, **figures, "samples_per_s": speed})
-        shown = "  ".join(
-            f"{name} {value:.3g}" for name, value in mean.items() if name != "samples"
-        )
-        self._print(
+        shown = "  ".join(f"{n} {value:.3g}" for n, value in mean.items() if n != "samples")
+        self._report(
+            {"step": done, **mean, **figures, "samples_per_s": speed},
             f"step {done}/{self.recipe.steps}  {shown}  {speed:.3g} samples/s  "
-            f"{int(remaining // 60)} min {int(remaining % 60)} s left"
+            f"{int(remaining // 60)} min {int(remaining % 60)} s left",
         )
         self.sums, self.count, self.since = {}, 0, now
 
     def evaluation(self, done: int, figures: dict[str, float]) -> None:
         """Writes figures on held-out data."""
-        self._write({"step": done, "heldout": figures})
-        self._print("held out: " + "  ".join(f"{n} {v:.3f}" for n, v in figures.items()))
+        line = "held out: " + "  ".join(f"{n} {v:.3f}" for n, v in figures.items())
+        self._report({"step": done, "heldout": figures}, line)
 
-    def _write(self, entry: dict) -> None:
+    def _report(self, entry: dict, line: str) -> None:
         if self.log:
             self.journal.append([entry])
-
-    def _print(self, line: str) -> None:
-        if self.log:
             self.log(line)

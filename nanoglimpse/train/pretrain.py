@@ -13,10 +13,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -28,35 +30,25 @@ from nanoglimpse.inputs.images import preprocess_image
 from nanoglimpse.inputs.processor import SYSTEM, Processor
 from nanoglimpse.methods.schedule import two_thirds
 from nanoglimpse.model.decoder import Decoder, run_layers
-from nanoglimpse.model.rope import mrope
+from nanoglimpse.model.rope import Grid, mrope
 from nanoglimpse.model.vision import VisionEncoder
 from nanoglimpse.train.cell_loss import CellHead, cell_targets
 from nanoglimpse.train.collate import IGNORED, TrainBatch, collate
 from nanoglimpse.train.curriculum import Stage
-from nanoglimpse.train.export import save_base
 from nanoglimpse.train.shared_prefix import OPS, KeptKeys, visual_logits
-from nanoglimpse.train.tokens import CONTROL, make_tokenizer, tokenizer_config
+from nanoglimpse.train.tokens import CONTROL, make_tokenizer
 from nanoglimpse.weights.checkpoint import shards, stream
+from nanoglimpse.weights.hub import EMBEDDED
 from nanoglimpse.weights.load import build
+from nanoglimpse.weights.mapping import parts
 from nanoglimpse.world import BRIEF_SUFFIX, SPLITS, Picture, render
 
-TOKENIZER = "tokenizer.json"
-SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer_config.json",
-)
-PIXELS = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "min_pixels": 3136,
-    "max_pixels": 1003520,
-}
+# A new model takes its shape from nano, unless another is given: there rope_theta is 1000, since at
+# head size 32 and the released 10⁶ the lowest frequencies would hardly rotate. It always takes the
+# preprocessing of pictures and the chat template. tokenizer_config.json names the general class
+# PreTrainedTokenizerFast, since transformers' Qwen2Tokenizer would rebuild it with merges.
+NANO, COPIED = EMBEDDED["nano"], ("preprocessor_config.json", "tokenizer_config.json")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", *COPIED)
 BRIEF_SHARE = 0.3
 # The share of free-form questions that are answered with a single word between stars. If every
 # answer began like "The number on the red circle …", each row could find its evidence by the words
@@ -73,14 +65,14 @@ class BaseBatch:
     """A micro-batch; `rows` is None if it has no questions."""
 
     patches: Tensor
-    grids: tuple
+    grids: tuple[Grid, ...]
     targets: tuple[Tensor, ...]
     aux_weight: float
     rows: TrainBatch | None
 
 
 def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 600) -> None:
-    """Writes a checkpoint without weights: configuration, tokenizer and preprocessing.
+    """Writes `SETTINGS`, a checkpoint without weights: configuration, tokenizer, preprocessing.
 
     Args:
         folder: the folder to write to.
@@ -109,10 +101,10 @@ def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 600) -> N
     }
     parse_config(config, "the shape")
     generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    write_whole(folder / TOKENIZER, tokenizer.to_str(pretty=False).encode())
-    contents = (config, generation, PIXELS, tokenizer_config())
-    for name, content in zip(SETTINGS, contents, strict=True):
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
         write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
+    copy_files(NANO, folder, COPIED)
 
 
 def phrases(picture: Picture) -> list[str]:
@@ -132,21 +124,20 @@ def retokenized(old: Tensor, before: Tokenizer, now: Tokenizer) -> Tensor:
     spelled it.
     """
     rows = []
-    for token, _ in sorted(now.get_vocab().items(), key=lambda entry: entry[1]):
+    for token, number in sorted(now.get_vocab().items(), key=itemgetter(1)):
         known = before.token_to_id(token)
-        text = now.decode([now.token_to_id(token)])
-        ids = before.encode(text).ids if known is None else [known]
+        ids = before.encode(now.decode([number])).ids if known is None else [known]
         rows.append(old[ids].mean(0))
     return torch.stack(rows)
 
 
-def copy_folder(source: Path, folder: Path) -> None:
-    """Copies the files of `write_folder` from another checkpoint.
+def copy_files(source: Path, folder: Path, names: Sequence[str] = SETTINGS) -> None:
+    """Copies files of a checkpoint, by default those that `write_folder` writes.
 
     Raises:
         NanoglimpseError: a file does not exist or cannot be written.
     """
-    for name in (TOKENIZER, *SETTINGS):
+    for name in names:
         try:
             content = (source / name).read_bytes()
         except OSError as error:
@@ -193,28 +184,30 @@ class BaseTask:
         self.stages, self.seed = stages, seed
         shares = list(accumulate(stage.share for stage in stages))
         self.ends = [micros * share / shares[-1] for share in shares]
-        self.device, self.dtype, self.rates = device, dtype, {}
+        self.device, self.dtype = device, dtype
+        self.rates: dict[str, float] = {}
         text, vision = self.config.text_config, self.config.vision_config
-        head = CellHead(text.hidden_size)
+        self.head = CellHead(text.hidden_size)
         if init:
-            parts = self._initial_parts(init)
+            self.vision, self.decoder = self._initial_parts(init)
             # The gradients of a random head would be noise to a trained vision encoder.
-            for parameter in head.parameters():
+            for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
         else:
-            parts = VisionEncoder(vision, OPS), Decoder(self.config, OPS)
+            self.vision, self.decoder = VisionEncoder(vision, OPS), Decoder(self.config, OPS)
             generator = torch.Generator().manual_seed(seed)
-            initialise(parts[0], vision.depth, generator)
-            initialise(parts[1], text.num_hidden_layers, generator)
-            initialise(head, 1, generator)
-        self.module = nn.ModuleDict(dict(zip(("vision", "decoder"), parts, strict=True)))
-        self.module["cell_head"] = head
+            initialise(self.vision, vision.depth, generator)
+            initialise(self.decoder, text.num_hidden_layers, generator)
+            initialise(self.head, 1, generator)
+        self.saved = nn.ModuleDict({"vision": self.vision, "decoder": self.decoder})
+        self.module: nn.Module = nn.ModuleDict({**self.saved, "cell_head": self.head})
         self.module.requires_grad_(True).to(device, dtype)
 
     def _initial_parts(self, init: Path) -> tuple[VisionEncoder, Decoder]:
         """The parts of another checkpoint, converted to the tokenizer of this run."""
         config = read_config(init / "config.json")
-        before, now = Processor(init, config).tokenizer, self.processor.tokenizer
+        before = Processor(init, config).need_tokenizer()
+        now = self.processor.need_tokenizer()
         vision, decoder = build(config, OPS, stream(shards(init)), self.dtype, self.device)
         if before.get_vocab() != now.get_vocab():
             for part in (decoder.embed_tokens, decoder.lm_head):
@@ -243,7 +236,8 @@ class BaseTask:
             )
             for i in range(stage.pictures(canvas))
         ]
-        return self._batch(pictures, stage.questions, _interpolate(stage.aux_weight, done), rng)
+        first, last = stage.aux_weight
+        return self._batch(pictures, stage.questions, first + (last - first) * done, rng)
 
     def _batch(
         self, pictures: Sequence[Picture], questions: int, aux_weight: float, rng: random.Random
@@ -266,16 +260,16 @@ class BaseTask:
             made = [preprocess_image(p.image, config=self.processor.pixels) for p in pictures]
             patches, grids = torch.cat([m[0] for m in made]), tuple(m[1] for m in made)
         merge = self.config.vision_config.spatial_merge_size
-        targets = [cell_targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
-        targets = tuple(torch.cat(parts) for parts in zip(*targets, strict=True))
+        by_picture = [cell_targets(p, g, merge) for p, g in zip(pictures, grids, strict=True)]
+        targets = tuple(torch.cat(parts) for parts in zip(*by_picture, strict=True))
         return BaseBatch(patches, grids, targets, aux_weight, rows)
 
     def loss(self, batch: BaseBatch) -> tuple[Tensor, dict[str, float]]:
         """The cross entropy of the answers plus the auxiliary losses."""
         patches = batch.patches.to(self.device, self.dtype)
-        visual, _ = self.module["vision"](patches, batch.grids)
+        visual, _ = self.vision(patches, batch.grids)
         targets = [target.to(self.device) for target in batch.targets]
-        cells, shares = self.module["cell_head"](visual, *targets)
+        cells, shares = self.head(visual, *targets)
         figures = {"samples": len(batch.grids), "dense": float(cells.detach()), **shares}
         if batch.rows is None:
             return batch.aux_weight * cells, figures
@@ -287,7 +281,7 @@ class BaseTask:
 
     def answer(self, visual: Tensor, rows: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropy, bool [B · n] whether all of an answer is right, and attention loss."""
-        decoder = self.module["decoder"]
+        decoder = self.decoder
         hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
         rope = mrope(rows.positions, self.config.text_config)
         # The last layer before pruning, whose attention the glimpse uses.
@@ -303,31 +297,48 @@ class BaseTask:
         return *answer_loss(decoder, hidden, rows), looked
 
     @torch.no_grad()
-    def evaluate(self, pictures: int = 24) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """The share of held-out answers with every token right, by domain and form of prompt."""
         self.module.eval()
         figures = {}
         for domain in sorted({draw.domain for stage in self.stages for draw in stage.draws}):
             for brief in (False, True):
-                sides = (280, 336, 448)
-                exact = [self._exact(domain, brief, side, pictures // 3) for side in sides]
+                exact = [self._exact(domain, brief, side) for side in (280, 336, 448)]
                 name = f"{domain}{' brief' if brief else ''}"
                 figures[name] = float(torch.cat(exact).float().mean())
         self.module.train()
         return figures
 
-    def _exact(self, domain: str, brief: bool, side: int, count: int) -> Tensor:
-        """Bool [count · 6], which answers about held-out square pictures have every token right."""
+    def _exact(self, domain: str, brief: bool, side: int) -> Tensor:
+        """Bool [8 · 6], which answers about held-out square pictures have every token right."""
         seed, rng = SPLITS["heldout"].start, random.Random(side)
-        drawn = [render(seed, i, domain=domain, canvas=(side, side)) for i in range(count)]
+        drawn = [render(seed, i, domain=domain, canvas=(side, side)) for i in range(8)]
         examples = [Example(p.image, draw_questions(p.questions, 6, rng, brief)) for p in drawn]
         rows = collate(examples, self.processor, probes=False).to(self.device, self.dtype)
-        visual, _ = self.module["vision"](rows.patches, rows.grids)
+        visual, _ = self.vision(rows.patches, rows.grids)
         return self.answer(visual, rows)[1]
 
     def save(self, folder: Path) -> None:
-        """Writes the weights in bf16."""
-        save_base(folder, self.module)
+        """Writes the vision encoder and the decoder to model.safetensors in bf16.
+
+        Raises:
+            NanoglimpseError: the file cannot be written.
+        """
+        tensors = checkpoint_tensors(self.saved, torch.bfloat16)
+        name, config = "visual.patch_embed.proj.weight", self.config.vision_config
+        side = config.patch_size
+        shape = (-1, config.in_channels, config.temporal_patch_size, side, side)
+        tensors[name] = tensors[name].view(shape)
+        write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+
+
+def checkpoint_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a module by checkpoint name; fused matrices are split again."""
+    parameters = dict(module.named_parameters())
+    return {
+        name: parameters[part.name].detach()[part.start : part.stop].to("cpu", dtype).clone()
+        for name, part in parts(module).items()
+    }
 
 
 def attention_loss(logits: Tensor, evidence: Tensor, located: Tensor) -> Tensor:
@@ -366,7 +377,3 @@ def answer_loss(decoder: Decoder, hidden: Tensor, rows: TrainBatch) -> tuple[Ten
 def as_word(qa: QA) -> QA:
     """The same question with its short answer between stars, as "*7*"."""
     return replace(qa, answer=f"*{qa.short}*")
-
-
-def _interpolate(ends: tuple[float, float], done: float) -> float:
-    return ends[0] + (ends[1] - ends[0]) * done

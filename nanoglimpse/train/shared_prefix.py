@@ -53,8 +53,8 @@ def attention(
     """The op `attention`, which here also accepts a `SharedPrefixLayout`."""
     if q.device.type == "cpu" and q.dtype != torch.float32:
         # The backward pass of torch's flash attention is five times slower there in bf16.
-        wide = (x.float() for x in (q, k, v))
-        return attention(*wide, segments, causal=causal, queries=queries).to(q.dtype)
+        out = attention(q.float(), k.float(), v.float(), segments, causal=causal, queries=queries)
+        return out.to(q.dtype)
     if isinstance(segments, Segments):
         return TORCH.attention(q, k, v, segments, causal=causal, queries=queries)
     b, p = segments.pictures, segments.prefix_rows

@@ -7,38 +7,6 @@ pictures, and colour and shape pairs and words that training never shows.
 """
 
 from nanoglimpse.world.render import render
-from nanoglimpse.world.types import (
-    BRIEF_SUFFIX,
-    COLOURS,
-    DOMAINS,
-    KINDS,
-    LEFT_OUT_PAIRS,
-    QUESTION_KINDS,
-    SHAPES,
-    SPLITS,
-    Box,
-    Picture,
-    Question,
-    Thing,
-    split_of,
-)
-from nanoglimpse.world.words import NAMES, TRANSFER_NAMES
+from nanoglimpse.world.types import BRIEF_SUFFIX, DOMAINS, QUESTION_KINDS, SPLITS, Box, Picture
 
-__all__ = [
-    "BRIEF_SUFFIX",
-    "COLOURS",
-    "DOMAINS",
-    "KINDS",
-    "LEFT_OUT_PAIRS",
-    "NAMES",
-    "QUESTION_KINDS",
-    "SHAPES",
-    "SPLITS",
-    "TRANSFER_NAMES",
-    "Box",
-    "Picture",
-    "Question",
-    "Thing",
-    "render",
-    "split_of",
-]
+__all__ = ["BRIEF_SUFFIX", "DOMAINS", "QUESTION_KINDS", "SPLITS", "Box", "Picture", "render"]

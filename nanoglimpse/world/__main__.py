@@ -169,7 +169,7 @@ def _card(picture: Picture, limit: int | None) -> Image.Image:
     """One picture of the sheet."""
     questions = picture.questions[: min(limit or SHEET_QUESTIONS, SHEET_QUESTIONS)]
     scale = THUMB / max(picture.image.size)
-    size = tuple(round(side * scale) for side in picture.image.size)
+    size = [round(side * scale) for side in picture.image.size]
     thumb = picture.image.resize(size, Image.Resampling.LANCZOS)
     lines = [
         (line, colour)

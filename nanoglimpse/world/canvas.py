@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
@@ -50,13 +50,13 @@ def stamp(text: str, size: int, bold: bool = False) -> Stamp:
     draw = ImageDraw.Draw(mask)
     for offset in range(0, shift + 1, max(shift, 1)):
         draw.text((offset - x0, -y0), text, 255, font, anchor="ls")
-    ink = mask.getbbox()
+    ink = mask.getbbox() or (0, 0, *mask.size)
     return Stamp(mask.crop(ink), x0 + ink[0], y0 + ink[1])
 
 
 @lru_cache(maxsize=128)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size))
 
 
 def width_of(text: str, size: int, bold: bool = False) -> int:
@@ -118,8 +118,7 @@ def normalised(box: Pixels, canvas: tuple[int, int]) -> Box:
 
 def shade(rng: random.Random, level: int, chroma: int) -> Colour:
     """A random colour whose channels differ from a grey level by at most `chroma`."""
-    red, green, blue = (min(max(level + rng.randint(-chroma, chroma), 0), 255) for _ in "rgb")
-    return red, green, blue
+    return jitter(rng, (level, level, level), chroma)
 
 
 def jitter(rng: random.Random, colour: Colour, by: int = 6) -> Colour:

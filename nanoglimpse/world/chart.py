@@ -6,21 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from nanoglimpse.world.canvas import (
-    BLACK,
-    INK,
-    RGB,
-    WHITE,
-    Colour,
-    Pixels,
-    background,
-    bounding_box,
-    jitter,
-    normalised,
-    stamp,
-    width_of,
-    write,
-)
+import nanoglimpse.world.canvas as canvas
 from nanoglimpse.world.types import COLOURS, DrawSpec, Question, Thing, sample_up_to
 
 SMALLEST, LARGEST, NARROW, WIDE, LETTERS = 16, 28, 44, 96, 6
@@ -53,13 +39,13 @@ PHRASES = {
 class _Frame:
     """Position and style of the bars; lengths in pixels."""
 
-    plot: Pixels
+    plot: canvas.Pixels
     column: float
     bar: int
     axis: int
     font: int
-    ink: Colour
-    faint: Colour
+    ink: canvas.Colour
+    faint: canvas.Colour
     inside: bool
 
 
@@ -67,10 +53,9 @@ def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, 
     """Draws a chart; it has fewer bars than specified where no more fit."""
     dark = rng.random() < 0.25
     level = rng.randint(45, 62) if dark else rng.randint(218, 242)
-    image = background(rng, spec.canvas, level, rng.randint(2, 9), 8)
-    ink, faint = (WHITE, (110, 110, 112)) if dark else (BLACK, (185, 185, 188))
+    image = canvas.background(rng, spec.canvas, level, rng.randint(2, 9), 8)
     labels, values = _data(rng, spec)
-    frame = _frame(rng, spec, labels, values, (ink, faint))
+    frame = _frame(rng, spec, labels, values, dark)
     _extras(rng, image, frame)
     colours = rng.choices(rng.sample(COLOURS, rng.choice((1, 3, 8))), k=len(values))
     things = [
@@ -90,7 +75,7 @@ def _data(rng: random.Random, spec: DrawSpec) -> tuple[list[str], list[int]]:
     names = [
         case(name)
         for name in spec.names
-        if len(name) <= LETTERS and width_of(case(name), SMALLEST) <= room / count - 5
+        if len(name) <= LETTERS and canvas.width_of(case(name), SMALLEST) <= room / count - 5
     ]
     labels = sample_up_to(rng, names, count)
     return labels, _values(rng, len(labels))
@@ -106,18 +91,14 @@ def _values(rng: random.Random, count: int) -> list[int]:
 
 
 def _frame(
-    rng: random.Random,
-    spec: DrawSpec,
-    labels: list[str],
-    values: list[int],
-    inks: tuple[Colour, ...],
+    rng: random.Random, spec: DrawSpec, labels: list[str], values: list[int], dark: bool
 ) -> _Frame:
     """A random layout with room for the title, the labels and the values."""
     width, height = spec.canvas
     font = rng.randint(SMALLEST, max(SMALLEST, min(LARGEST, height // 9)))
     left = rng.randint(10, 10 + width // 20)
     column = (width - left - 8) / len(labels)
-    while font > 9 and max(width_of(label, font) for label in labels) > column - 4:
+    while font > 9 and max(canvas.width_of(label, font) for label in labels) > column - 4:
         font -= 1
     bar = round(min(column * rng.uniform(0.4, 0.75), WIDE))
     top = round(height * rng.uniform(0.1, 0.2)) + 2 * font
@@ -125,14 +106,15 @@ def _frame(
     axis = rng.choice((100, -(-max(values) // 10) * 10))
     inside = rng.random() < 0.3
     plot = (left, top, width - 8, foot)
-    return _Frame(plot, column, bar, axis, font, inks[0], inks[1], inside)
+    ink, faint = (canvas.WHITE, (110, 110, 112)) if dark else (canvas.BLACK, (185, 185, 188))
+    return _Frame(plot, column, bar, axis, font, ink, faint, inside)
 
 
 def _extras(rng: random.Random, image: Image.Image, frame: _Frame) -> None:
     """Draws title, grid and axis, and on some charts a legend unrelated to the bars."""
     x0, y0, x1, y1 = frame.plot
     size = min(round(frame.font * rng.uniform(1.1, 1.5)), 24)
-    title = write(image, (x0, size + 2), rng.choice(TITLES), size, frame.ink, bold=True)
+    title = canvas.write(image, (x0, size + 2), rng.choice(TITLES), size, frame.ink, bold=True)
     lines = ImageDraw.Draw(image)
     steps = rng.choice((2, 4, 5))
     for step in range(1, steps + 1):
@@ -150,12 +132,12 @@ def _legend(rng: random.Random, image: Image.Image, frame: _Frame, x: int) -> No
     size = max(frame.font - 2, 10)
     lines = ImageDraw.Draw(image)
     for word in rng.sample(GROUPS, rng.randint(2, 4)):
-        end = x + size + 4 + width_of(word, size)
+        end = x + size + 4 + canvas.width_of(word, size)
         if end > image.width - 4:
             return
-        fill = RGB[rng.choice(COLOURS)]
+        fill = canvas.RGB[rng.choice(COLOURS)]
         lines.rectangle((x, 5, x + size - 2, 3 + size), fill, frame.faint)
-        write(image, (x + size + 4, 3 + size), word, size, frame.ink)
+        canvas.write(image, (x + size + 4, 3 + size), word, size, frame.ink)
         x = end + 14
 
 
@@ -168,26 +150,28 @@ def _bar(
     middle = x0 + (place + 0.5) * frame.column
     left = round(middle - frame.bar / 2)
     outline = (left, round(y1 - (y1 - y0) * value / frame.axis), left + frame.bar, y1)
-    image.paste(jitter(rng, RGB[colour]), outline)
+    image.paste(canvas.jitter(rng, canvas.RGB[colour]), outline)
     ImageDraw.Draw(image).rectangle((*outline[:2], outline[2] - 1, y1 - 1), None, frame.ink)
-    below = y1 + 4 - stamp("h", frame.font).top
-    name = write(image, (middle, below), label, frame.font, frame.ink, align=0.5)
+    below = y1 + 4 - canvas.stamp("h", frame.font).top
+    name = canvas.write(image, (middle, below), label, frame.font, frame.ink, align=0.5)
     number = _number(image, frame, outline, str(value), colour)
-    boxes = tuple(normalised(box, image.size) for box in (name, number))
-    whole = normalised(bounding_box([outline, name, number], 1), image.size)
+    boxes = tuple(canvas.normalised(box, image.size) for box in (name, number))
+    whole = canvas.normalised(canvas.bounding_box([outline, name, number], 1), image.size)
     texts = (label, str(value))
     return Thing(whole, "bar", colour, label.lower(), str(value), boxes, texts)
 
 
-def _number(image: Image.Image, frame: _Frame, bar: Pixels, text: str, colour: str) -> Pixels:
+def _number(
+    image: Image.Image, frame: _Frame, bar: canvas.Pixels, text: str, colour: str
+) -> canvas.Pixels:
     """Prints the value above the bar, or inside its top if the chart does so and it fits."""
-    printed = stamp(text, frame.font).mask
+    printed = canvas.stamp(text, frame.font).mask
     roomy = printed.width + 6 <= bar[2] - bar[0] and printed.height + 8 <= bar[3] - bar[1]
     if frame.inside and roomy:
-        base, ink = bar[1] + 5 + printed.height, INK[colour]
+        base, ink = bar[1] + 5 + printed.height, canvas.INK[colour]
     else:
         base, ink = bar[1] - 4, frame.ink
-    return write(image, ((bar[0] + bar[2]) / 2, base), text, frame.font, ink, align=0.5)
+    return canvas.write(image, ((bar[0] + bar[2]) / 2, base), text, frame.font, ink, align=0.5)
 
 
 def make_questions(

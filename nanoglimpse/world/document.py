@@ -6,16 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from nanoglimpse.world.canvas import (
-    Colour,
-    Pixels,
-    background,
-    bounding_box,
-    normalised,
-    shade,
-    width_of,
-    write,
-)
+import nanoglimpse.world.canvas as canvas
 from nanoglimpse.world.types import DrawSpec, Question, Thing, sample_up_to
 
 SMALLEST, LARGEST, TIGHT, LOOSE = 18, 36, 1.3, 2.1
@@ -55,7 +46,7 @@ class _Style:
     left: int
     right: int
     top: float
-    ink: Colour
+    ink: canvas.Colour
     bold: bool
     leaders: bool
     ruled: bool
@@ -63,7 +54,7 @@ class _Style:
 
 def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, ...]]:
     """Draws a document; it has fewer rows than specified where no more fit."""
-    image = background(rng, spec.canvas, rng.randint(60, 125), rng.randint(10, 30))
+    image = canvas.background(rng, spec.canvas, rng.randint(60, 125), rng.randint(10, 30))
     sheet = _paper(rng, image)
     rows = _rows(rng, spec, sheet)
     style = _style(rng, sheet, rows)
@@ -71,16 +62,16 @@ def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, 
     return image, tuple(_print(image, style, place, row) for place, row in enumerate(rows))
 
 
-def _paper(rng: random.Random, image: Image.Image) -> Pixels:
+def _paper(rng: random.Random, image: Image.Image) -> canvas.Pixels:
     """Draws the paper and returns its printable area."""
     x0, y0, x1, y1 = (round(side * rng.uniform(0.015, 0.06)) for side in image.size * 2)
     box = (x0, y0, image.width - x1, image.height - y1)
     size = (box[2] - box[0], box[3] - box[1])
-    image.paste(background(rng, size, rng.randint(230, 244), rng.randint(2, 9), 7), box[:2])
-    return bounding_box([box], -4 - min(image.size) // 60)
+    image.paste(canvas.background(rng, size, rng.randint(230, 244), rng.randint(2, 9), 7), box[:2])
+    return canvas.bounding_box([box], -4 - min(image.size) // 60)
 
 
-def _rows(rng: random.Random, spec: DrawSpec, sheet: Pixels) -> list[_Row]:
+def _rows(rng: random.Random, spec: DrawSpec, sheet: canvas.Pixels) -> list[_Row]:
     """Random rows; on a receipt the last one is the total."""
     receipt = rng.random() < 0.6
     fit = max(1, int((sheet[3] - sheet[1]) / (SMALLEST * TIGHT) - HEADER) - receipt)
@@ -105,7 +96,7 @@ def _values(rng: random.Random, count: int) -> tuple[list[int], Callable[[int], 
     return [5 * step for step in steps], lambda value: f"{value / 100:.2f}"
 
 
-def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
+def _style(rng: random.Random, sheet: canvas.Pixels, rows: list[_Row]) -> _Style:
     """A random layout in which all rows fit on the sheet."""
     width, height = sheet[2] - sheet[0], sheet[3] - sheet[1]
     bold, lines = rng.random() < 0.35, len(rows) + HEADER
@@ -122,7 +113,7 @@ def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
         left=left,
         right=left + block,
         top=sheet[1] + HEADER * pitch + rng.uniform(0, spare),
-        ink=shade(rng, rng.randint(15, 70), 14),
+        ink=canvas.shade(rng, rng.randint(15, 70), 14),
         bold=bold,
         leaders=rng.random() < 0.35,
         ruled=rng.random() < 0.3,
@@ -131,30 +122,32 @@ def _style(rng: random.Random, sheet: Pixels, rows: list[_Row]) -> _Style:
 
 def _needed(rows: list[_Row], font: int, bold: bool) -> int:
     """The smallest width of the block of rows."""
-    labels = max(width_of(row.label, font, bold) for row in rows)
-    return labels + max(width_of(row.value, font, True) for row in rows) + font
+    labels = max(canvas.width_of(row.label, font, bold) for row in rows)
+    return labels + max(canvas.width_of(row.value, font, True) for row in rows) + font
 
 
 def _extras(
-    rng: random.Random, image: Image.Image, style: _Style, sheet: Pixels, rows: int
+    rng: random.Random, image: Image.Image, style: _Style, sheet: canvas.Pixels, rows: int
 ) -> None:
     """Prints a header above the rows and on some documents a note below them."""
     size = min(round(style.font * rng.uniform(1.1, 1.4)), round(style.pitch * 1.2))
     middle = (style.left + style.right) / 2
     top = style.top - style.pitch * 0.5
-    write(image, (middle, top), rng.choice(HEADERS), size, style.ink, bold=True, align=0.5)
+    canvas.write(image, (middle, top), rng.choice(HEADERS), size, style.ink, bold=True, align=0.5)
     low = style.top + (rows + 1) * style.pitch
     if low < sheet[3] and rng.random() < 0.6:
         note = max(style.font - 5, 11)
-        write(image, (middle, low), rng.choice(NOTES), note, (120, 120, 122), align=0.5)
+        canvas.write(image, (middle, low), rng.choice(NOTES), note, (120, 120, 122), align=0.5)
 
 
 def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Thing:
     """Prints one row; its baseline is near the bottom of its share of the height."""
     base = style.top + (place + 0.75) * style.pitch
     bold = style.bold or row.kind == "total"
-    label = write(image, (style.left, base), row.label, style.font, style.ink, bold=style.bold)
-    value = write(
+    label = canvas.write(
+        image, (style.left, base), row.label, style.font, style.ink, bold=style.bold
+    )
+    value = canvas.write(
         image, (style.right, base), row.value, style.font, style.ink, bold=bold, align=1.0
     )
     lines = ImageDraw.Draw(image)
@@ -164,8 +157,8 @@ def _print(image: Image.Image, style: _Style, place: int, row: _Row) -> Thing:
     if style.ruled or row.kind == "total":
         y = round(base - 0.75 * style.pitch) + (0 if row.kind == "total" else round(style.pitch))
         lines.line((style.left, y, style.right, y), (150, 150, 152))
-    boxes = tuple(normalised(box, image.size) for box in (label, value))
-    whole = normalised(bounding_box([label, value], 2), image.size)
+    boxes = tuple(canvas.normalised(box, image.size) for box in (label, value))
+    whole = canvas.normalised(canvas.bounding_box([label, value], 2), image.size)
     return Thing(whole, row.kind, "", row.name, row.value, boxes, (row.label, row.value))
 
 

@@ -6,10 +6,9 @@ import nanoglimpse.world.chart as chart
 import nanoglimpse.world.document as document
 import nanoglimpse.world.scene as scene
 from nanoglimpse.errors import UsageError
-from nanoglimpse.world.types import DOMAINS, DrawSpec, Picture, split_of
+from nanoglimpse.world.types import CELL, DOMAINS, DrawSpec, Picture, split_of
 from nanoglimpse.world.words import names_of
 
-CELL, SMALLEST, LARGEST = 28, 112, 1120
 PAINTERS = {"scene": scene, "document": document, "chart": chart}
 # Width to height; a square is as likely as all others together.
 ASPECTS = ((1, 1), (1, 1), (1, 1), (1, 1), (4, 3), (3, 4), (3, 2), (2, 3))
@@ -42,7 +41,12 @@ def render(
         UsageError: an argument is out of its range.
     """
     split = split_of(seed)
-    _check(index, domain, canvas, num_things, size, per_kind)
+    if index < 0:
+        raise UsageError(f"index must be at least 0, got {index}")
+    if per_kind < 1:
+        raise UsageError(f"per_kind must be at least 1, got {per_kind}")
+    if domain is not None and domain not in DOMAINS:
+        raise UsageError(f"unknown domain {domain}; choose one of {', '.join(DOMAINS)}")
     rng = random.Random(f"world {seed} {index}")
     # Drawn even if they are given, so that the rest of the picture does not depend on that.
     random_domain = rng.choice(DOMAINS)
@@ -64,30 +68,3 @@ def _canvas(rng: random.Random, domain: str, transfer: bool) -> tuple[int, int]:
     sides = (max(least, longer * side // max(wide, high)) for side in (wide, high))
     width, height = (side * CELL for side in sides)
     return width, height
-
-
-def _check(
-    index: int,
-    domain: str | None,
-    canvas: tuple[int, int] | None,
-    num_things: tuple[int, int] | None,
-    size: tuple[int, int] | None,
-    per_kind: int,
-) -> None:
-    if index < 0:
-        raise UsageError(f"index must be at least 0, got {index}")
-    if per_kind < 1:
-        raise UsageError(f"per_kind must be at least 1, got {per_kind}")
-    if domain is not None and domain not in DOMAINS:
-        raise UsageError(f"unknown domain {domain}; choose one of {', '.join(DOMAINS)}")
-    for name, bounds in (("num_things", num_things), ("size", size)):
-        if bounds is not None and not 1 <= bounds[0] <= bounds[1]:
-            raise UsageError(f"{name} must be (fewest, most), both at least 1, got {bounds}")
-    if size is not None and size[0] < 12:
-        raise UsageError(f"objects need at least 12 pixels to carry text, got a size of {size[0]}")
-    for side in canvas or ():
-        if side % CELL or not SMALLEST <= side <= LARGEST:
-            raise UsageError(
-                f"a canvas side must be a multiple of {CELL} from {SMALLEST} to {LARGEST} pixels, "
-                f"got {side}"
-            )

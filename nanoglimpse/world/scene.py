@@ -10,16 +10,7 @@ from operator import itemgetter
 
 from PIL import Image, ImageDraw
 
-from nanoglimpse.world.canvas import (
-    INK,
-    RGB,
-    Pixels,
-    background,
-    clutter,
-    jitter,
-    normalised,
-    stamp,
-)
+import nanoglimpse.world.canvas as canvas
 from nanoglimpse.world.types import (
     COLOURS,
     LEFT_OUT_PAIRS,
@@ -77,12 +68,12 @@ PHRASES = {
 
 def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, ...]]:
     """Draws a scene; it has fewer objects than specified where no more fit."""
-    image = background(rng, spec.canvas, rng.randint(95, 160), rng.randint(10, 40))
+    image = canvas.background(rng, spec.canvas, rng.randint(95, 160), rng.randint(10, 40))
     cells = spec.canvas[0] * spec.canvas[1] / 28**2
-    clutter(rng, image, rng.randint(0, round(4 + cells / 20)))
+    canvas.clutter(rng, image, rng.randint(0, round(4 + cells / 20)))
     most = min(max(round(cells / 14), 2), 8)
     count = rng.randint(*spec.num_things or (1 + most // 6, most))
-    pairs, used, things = _pairs(rng, spec), [], []
+    pairs, used, things = _pairs(rng, spec), list[str](), list[Thing]()
     shadow = rng.random() < 0.4
     for box in _places(rng, spec, count):
         for pair in pairs:
@@ -113,24 +104,27 @@ def _pairs(rng: random.Random, spec: DrawSpec) -> list[Pair]:
     )
 
 
-def _places(rng: random.Random, spec: DrawSpec, count: int) -> list[Pixels]:
+def _places(rng: random.Random, spec: DrawSpec, count: int) -> list[canvas.Pixels]:
     """Squares for the objects; the largest are placed first, while there is room for them."""
     width, height = spec.canvas
     room = min(width, height) - 4
     fair = math.sqrt(0.5 * width * height / count) - GAP
     least, most = spec.size or (40, round(max(min(110, room * 0.45, fair), 40)))
     least, most = min(least, room), min(most, room)
-    places: list[Pixels] = []
+    places: list[canvas.Pixels] = []
     for size in sorted((rng.randint(least, most) for _ in range(count)), reverse=True):
+        place = None
         while size >= least and not (place := _free(rng, spec, size, places)):
             size = size * 4 // 5
-        if size >= least:
+        if place:
             places.append(place)
     rng.shuffle(places)
     return places
 
 
-def _free(rng: random.Random, spec: DrawSpec, size: int, places: list[Pixels]) -> Pixels | None:
+def _free(
+    rng: random.Random, spec: DrawSpec, size: int, places: list[canvas.Pixels]
+) -> canvas.Pixels | None:
     """A random square that keeps its distance from the others; None if 30 tries find none."""
     for _ in range(30):
         x = rng.randint(2, spec.canvas[0] - size - 2)
@@ -152,7 +146,7 @@ def _text(rng: random.Random, shape: str, size: int, used: list[str]) -> str:
     for attempt in range(30):
         digits = str(rng.randint(1, 99 if attempt < 15 else 9))
         letter = rng.choice(LETTERS) if attempt < 15 and rng.random() < 0.3 else ""
-        fits = stamp(letter + digits, _font_for(shape, size)).mask.width <= room
+        fits = canvas.stamp(letter + digits, _font_for(shape, size)).mask.width <= room
         if fits and digits not in used:
             used.append(digits)
             return letter + digits
@@ -167,11 +161,11 @@ def _font_for(shape: str, size: int) -> int:
 
 @lru_cache(maxsize=1)
 def _digit_height() -> float:
-    return stamp("0", 200).mask.height / 200
+    return canvas.stamp("0", 200).mask.height / 200
 
 
 def _object(
-    rng: random.Random, image: Image.Image, box: Pixels, pair: Pair, text: str, shadow: bool
+    rng: random.Random, image: Image.Image, box: canvas.Pixels, pair: Pair, text: str, shadow: bool
 ) -> Thing:
     """Draws one object and its text."""
     colour, shape = pair
@@ -179,24 +173,24 @@ def _object(
     mask = _mask(shape, size)
     if shadow:
         image.paste((30, 30, 32), (box[0] + 2, box[1] + 3), mask.point(lambda value: value // 2))
-    image.paste(jitter(rng, RGB[colour]), box[:2], mask)
+    image.paste(canvas.jitter(rng, canvas.RGB[colour]), box[:2], mask)
     printed = _fitted(rng, shape, size, text)
     x = (box[0] + box[2] - printed.width) // 2
     y = round(box[1] + size * TEXT_AREA[shape][2] - printed.height / 2)
-    image.paste(INK[colour], (x, y), printed)
+    image.paste(canvas.INK[colour], (x, y), printed)
     where = (x, y, x + printed.width, y + printed.height)
-    boxes = (normalised(where, image.size),)
-    return Thing(normalised(box, image.size), shape, colour, "", text, boxes, (text,))
+    boxes = (canvas.normalised(where, image.size),)
+    return Thing(canvas.normalised(box, image.size), shape, colour, "", text, boxes, (text,))
 
 
 def _fitted(rng: random.Random, shape: str, size: int, text: str) -> Image.Image:
     """The text as a mask, about as large as fits on the shape."""
-    sample = stamp(text, 100).mask
+    sample = canvas.stamp(text, 100).mask
     width, height, _ = TEXT_AREA[shape]
     most = int(min(100 * width / sample.width, 100 * height / sample.height) * size)
     font = max(_font_for(shape, size), min(round(most * rng.uniform(0.85, 1)), LARGEST_FONT))
-    bold = stamp(text, font, rng.random() < 0.5).mask
-    return bold if bold.width <= width * size else stamp(text, font).mask
+    bold = canvas.stamp(text, font, rng.random() < 0.5).mask
+    return bold if bold.width <= width * size else canvas.stamp(text, font).mask
 
 
 @lru_cache(maxsize=1024)
@@ -217,7 +211,7 @@ def _corners(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         return _star()
     near, far = 0.27, 0.73
-    return {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
         "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
@@ -226,7 +220,8 @@ def _corners(shape: str) -> list[tuple[float, float]]:
             *((near, 0), (far, 0), (far, near), (1, near), (1, far), (far, far)),
             *((far, 1), (near, 1), (near, far), (0, far), (0, near), (near, near)),
         ],
-    }[shape]
+    }
+    return corners[shape]
 
 
 def _star() -> list[tuple[float, float]]:
@@ -243,11 +238,8 @@ def make_questions(
 ) -> list[Question]:
     """Questions of every kind that the scene can answer."""
     questions = [
-        _number_question(rng, thing, things) for thing in sample_up_to(rng, things, per_kind)
-    ]
-    questions += [
         make(rng, thing, things)
-        for make in (_color_question, _shape_question)
+        for make in (_number_question, _color_question, _shape_question)
         for thing in sample_up_to(rng, things, per_kind)
     ]
     questions += _existence_questions(rng, spec, things, per_kind)
@@ -380,7 +372,8 @@ def _groups(rng: random.Random, things: Sequence[Thing]) -> list[tuple[str, str,
         plural = shape + ("es" if shape.endswith("s") else "s")
         groups.append((shape, plural, [thing for thing in things if thing.kind == shape]))
     rng.shuffle(groups)
-    sizes, ranked = Counter(), []
+    sizes: Counter[int] = Counter()
+    ranked = []
     for group in groups:
         size = len(group[2])
         if 1 <= size <= 5:

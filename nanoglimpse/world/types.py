@@ -12,6 +12,7 @@ from nanoglimpse.errors import UsageError
 Box = tuple[float, float, float, float]
 T = TypeVar("T")
 
+CELL, SMALLEST, LARGEST = 28, 112, 1120  # pixels of a cell, and of the sides of a canvas
 DOMAINS = ("scene", "document", "chart")
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "hexagon", "cross")
@@ -110,6 +111,9 @@ class DrawSpec:
         transfer: whether to use the colour and shape pairs that training leaves out.
         num_things: the fewest and the most things, or None for the domain's own choice.
         size: the smallest and the largest object in pixels, or None for the domain's own choice.
+
+    Raises:
+        UsageError: canvas, num_things or size is out of its range.
     """
 
     canvas: tuple[int, int]
@@ -117,6 +121,19 @@ class DrawSpec:
     transfer: bool
     num_things: tuple[int, int] | None
     size: tuple[int, int] | None
+
+    def __post_init__(self) -> None:
+        for name, bounds in (("num_things", self.num_things), ("size", self.size)):
+            if bounds is not None and not 1 <= bounds[0] <= bounds[1]:
+                raise UsageError(f"{name} must be (fewest, most), both at least 1, got {bounds}")
+        if self.size is not None and self.size[0] < 12:
+            raise UsageError(f"size must be at least 12 pixels to hold text, got {self.size[0]}")
+        for side in self.canvas:
+            if side % CELL or not SMALLEST <= side <= LARGEST:
+                raise UsageError(
+                    f"a canvas side must be a multiple of {CELL} from {SMALLEST} to {LARGEST} "
+                    f"pixels, got {side}"
+                )
 
 
 def split_of(seed: int) -> str:

@@ -98,7 +98,7 @@ def names_of(split: str, seed: int, index: int) -> tuple[str, ...]:
 
 def _invented(rng: random.Random, count: int) -> tuple[str, ...]:
     """Distinct words that look like nouns, in all lengths, and that are in no other list."""
-    known, found = {*_RESERVED, *NAMES, *TRANSFER_NAMES}, []
+    known, found = {*_RESERVED, *NAMES, *TRANSFER_NAMES}, list[str]()
     while len(found) < count:
         word, length = _word(rng), SHORTEST + len(found) % (LONGEST + 1 - SHORTEST)
         if len(word) == length and word not in known:

@@ -35,7 +35,7 @@ from nanoglimpse.train.cell_loss import (
 from nanoglimpse.train.collate import IGNORED, SHORT_WEIGHT, collate
 from nanoglimpse.train.curriculum import CURRICULA, Draw, Stage
 from nanoglimpse.train.glimpse import GlimpseTask, LossWeights, location_loss
-from nanoglimpse.train.loop import Recipe, train
+from nanoglimpse.train.loop import Recipe, _batches, train
 from nanoglimpse.train.pretrain import (
     WORD_SHARE,
     BaseTask,
@@ -348,6 +348,13 @@ def test_a_state_of_another_run_is_refused(folder, engine, tmp_path, capsys):
     (tmp_path / "state.pt").write_bytes(b"nonsense")
     assert main(common) == 1
     assert "cannot be resumed from" in capsys.readouterr().err
+
+
+def test_subprocesses_make_the_same_batches_in_order(folder):
+    task = small_base(folder)
+    for made, micro in zip(_batches(task, [3, 0, 2], workers=2), (3, 0, 2), strict=True):
+        assert torch.equal(made.patches, task.batch(micro).patches)
+        assert made.grids == task.batch(micro).grids
 
 
 def test_rates():

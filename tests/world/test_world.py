@@ -15,22 +15,11 @@ from PIL import Image, ImageChops
 
 from nanoglimpse.cli import console
 from nanoglimpse.errors import UsageError
-from nanoglimpse.world import (
-    COLOURS,
-    DOMAINS,
-    KINDS,
-    LEFT_OUT_PAIRS,
-    NAMES,
-    QUESTION_KINDS,
-    SHAPES,
-    SPLITS,
-    TRANSFER_NAMES,
-    render,
-    scene,
-    split_of,
-)
+from nanoglimpse.world import DOMAINS, QUESTION_KINDS, SPLITS, render, scene
 from nanoglimpse.world.__main__ import main
 from nanoglimpse.world.canvas import RGB
+from nanoglimpse.world.types import COLOURS, KINDS, LEFT_OUT_PAIRS, SHAPES, split_of
+from nanoglimpse.world.words import NAMES, TRANSFER_NAMES
 
 STARTS = {name: seeds.start for name, seeds in SPLITS.items()}
 
