@@ -1,14 +1,14 @@
-"""Configuration, read strictly from a checkpoint's config.json.
+"""Configuration, read strictly from the config.json of a checkpoint.
 
-Fields carry the names of the file. Both key layouts of the ecosystem are read: flat (transformers
-4.x: text keys at the top, `rope_scaling`, `in_chans`) and nested (5.x: `text_config`,
-`rope_parameters`, `in_channels`), and the mixture that 4.52 to 4.57 wrote. A key that is neither
-used nor named on an ignore list is an error, and so is a missing one: a reader that drops what it
-does not know loses `window_size` without a word, and with it the window attention.
+Fields have the names of the keys. Both layouts in use are read: flat (transformers 4.x: text keys
+at the top, `rope_scaling`, `in_chans`) and nested (5.x: `text_config`, `rope_parameters`,
+`in_channels`), and the mixture that 4.52 to 4.57 wrote. A missing key is an error, and so is a key
+that is neither used nor ignored by name: a reader that drops unknown keys would lose a
+`window_size`, and with it the window attention, without a message.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -41,7 +41,7 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches that the merger turns into one visual token."""
+        """Patches that the merger combines into one visual token."""
         return self.spatial_merge_size**2
 
     @property
@@ -73,7 +73,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A Qwen2.5-VL checkpoint."""
+    """Configuration of a Qwen2.5-VL checkpoint."""
 
     text_config: TextConfig
     vision_config: VisionConfig
@@ -112,10 +112,10 @@ class GlimpseConfig:
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """preprocessor_config.json; the defaults are those of the released Qwen2.5-VL checkpoints.
+    """preprocessor_config.json, with the values of the released Qwen2.5-VL checkpoints as defaults.
 
-    `raw` is not part of the file: patches then stay uint8 pixels, an eighth of the bytes, and the
-    vision encoder normalises them.
+    `raw` is not a key of the file. If it is set, patches stay uint8 pixels, which take an eighth of
+    the bytes, and the vision encoder normalises them.
     """
 
     min_pixels: int = 56 * 56
@@ -161,7 +161,7 @@ _GLIMPSE_FIXED = {
     "use_zero_masks": False,
     "fixed_remain_ratio": None,
 }
-# The first two act in training alone, the third names an implementation.
+# The first two only matter in training; the third chooses an implementation.
 _GLIMPSE_IGNORED = {"le_dropout_prob", "ori_attn_supervision", "attn_fuse_use_flash_attn"}
 ANCHORS = ("tl", "tr", "bl", "br")
 
@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        NanoglimpseError: no such file, not JSON, or not an object.
+        NanoglimpseError: the file does not exist, is not JSON, or is not an object.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise NanoglimpseError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
-        raise NanoglimpseError(f"{path} holds {type(data).__name__}, not a JSON object")
+        raise NanoglimpseError(f"{path} must hold a JSON object, got {type(data).__name__}")
     return data
 
 
@@ -187,7 +187,7 @@ def read_config(path: Path) -> Config:
     """The model configuration in `path`, a checkpoint's config.json.
 
     Raises:
-        NanoglimpseError: a key is unknown, missing or of the wrong kind; the message names it.
+        NanoglimpseError: a key is unknown, missing or of the wrong type; the message names it.
     """
     return parse_config(read_json(path), str(path))
 
@@ -219,7 +219,7 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
     else:
         text, text_where = {k: v for k, v in data.items() if k in text_names}, where
     vision = dict(_section(data, "vision_config", where))
-    # transformers 4.52 to 4.57 repeats keys of one section in the other; the owner's value counts.
+    # transformers 4.52 to 4.57 repeat keys of one section in the other; the owner's value counts.
     shared = ("tie_word_embeddings", "eos_token_id")
     own: dict[str, Any] = {k: text[k] for k in shared if k in text}
     own |= {k: v for k, v in data.items() if k not in text_names}
@@ -239,7 +239,8 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
         _VISION_IGNORED | _COMMON_IGNORED,
     )
     config = _build(Config, own, where, {}, _COMMON_IGNORED)
-    _check(config, where)
+    for mistake in _mistakes(config):
+        raise NanoglimpseError(f"{where}: {mistake}")
     return config
 
 
@@ -280,7 +281,7 @@ def _flat_rope(text: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _in_channels(vision: dict[str, Any], where: str) -> dict[str, Any]:
-    """`in_chans` (4.x) as `in_channels` (5.x); where both stand they agree."""
+    """`in_chans` (4.x) as `in_channels` (5.x); if both are given, they must agree."""
     old = vision.pop("in_chans", None)
     if old is not None and vision.setdefault("in_channels", old) != old:
         new = vision["in_channels"]
@@ -295,7 +296,7 @@ def _build(
     fixed: Mapping[str, Any],
     ignored: Collection[str],
 ) -> Any:
-    """An instance of the dataclass `cls`; every key of `data` is used, fixed or ignored by name."""
+    """An instance of the dataclass `cls`; every key of `data` must be used, fixed or ignored."""
     known = {f.name: f for f in fields(cls)}
     for key, value in data.items():
         if key in fixed and value != fixed[key]:
@@ -322,90 +323,69 @@ _KINDS = {
 
 
 def _typed(kind: Any, value: Any, name: str, where: str) -> Any:
-    """`value` as the type that a field declares; text is never taken for a number."""
+    """`value` as the type that a field declares; text is never converted to a number."""
     options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     for option in options:
         if _KINDS[option](value):
             return tuple(value) if isinstance(value, list) else value
     wanted = " or ".join(str(getattr(o, "__name__", o)) for o in options)
-    raise NanoglimpseError(f"{where}: {name} is {value!r}, not {wanted}")
+    raise NanoglimpseError(f"{where}: {name} must be {wanted}, got {value!r}")
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise NanoglimpseError(message)
-
-
-def _check(config: Config, where: str) -> None:
-    """Relations between keys without which the shapes of the model make no sense."""
+def _mistakes(config: Config) -> Iterator[str]:
+    """Keys that contradict each other, so that the model cannot be built."""
     text, vision = config.text_config, config.vision_config
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     section, unit = text.mrope_section, vision.patch_size * vision.spatial_merge_size
-    _require(
-        text.hidden_size % heads == 0 == heads % kv_heads,
-        f"{where}: hidden_size {text.hidden_size}, num_attention_heads {heads} and "
-        f"num_key_value_heads {kv_heads} do not divide each other",
-    )
-    _require(
-        len(section) == 3 and 2 * sum(section) == text.head_dim,
-        f"{where}: mrope_section {section} is not three numbers that add up to {text.head_dim}/2",
-    )
-    _require(
-        vision.hidden_size % (4 * vision.num_heads) == 0,
-        f"{where}: vision hidden_size {vision.hidden_size} is no multiple of 4 · num_heads",
-    )
-    _require(
-        vision.out_hidden_size == text.hidden_size,
-        f"{where}: vision out_hidden_size {vision.out_hidden_size} is not hidden_size",
-    )
-    _require(
-        vision.window_size >= unit,
-        f"{where}: window_size {vision.window_size} is smaller than one visual token, {unit} px",
-    )
-    _require(
-        set(vision.fullatt_block_indexes) <= set(range(vision.depth)),
-        f"{where}: fullatt_block_indexes {vision.fullatt_block_indexes} leave the depth",
-    )
+    if text.hidden_size % heads or heads % kv_heads:
+        yield (
+            f"hidden_size {text.hidden_size}, num_attention_heads {heads} and "
+            f"num_key_value_heads {kv_heads} do not divide each other"
+        )
+    if len(section) != 3 or 2 * sum(section) != text.head_dim:
+        yield f"mrope_section {section} must be three numbers that add up to {text.head_dim}/2"
+    if vision.hidden_size % (4 * vision.num_heads):
+        yield f"vision hidden_size {vision.hidden_size} must be a multiple of 4 · num_heads"
+    if vision.out_hidden_size != text.hidden_size:
+        yield f"vision out_hidden_size {vision.out_hidden_size} must equal hidden_size"
+    if vision.window_size < unit:
+        yield f"window_size {vision.window_size} is smaller than one visual token, {unit} px"
+    if not set(vision.fullatt_block_indexes) <= set(range(vision.depth)):
+        yield f"fullatt_block_indexes {vision.fullatt_block_indexes} must be below depth"
+
+
+def _glimpse_mistakes(base: Config, glimpse: GlimpseConfig) -> Iterator[str]:
+    """Glimpse keys that contradict each other or the model."""
+    layers, heads = range(base.text_config.num_hidden_layers), glimpse.attn_fuse_num_heads
+    size, taps = glimpse.attn_fuse_size, glimpse.selected_visual_layers
+    selected, anchors = glimpse.selected_layers, glimpse.anchor_positions
+    if glimpse.reduce_layer not in layers:
+        yield f"reduce_layer {glimpse.reduce_layer} must be one of the {len(layers)} layers"
+    if not selected or not set(selected) <= set(range(glimpse.layers)):
+        yield f"selected_layers {selected} must be in 0 to reduce_layer, and at least one"
+    if 0 not in glimpse.le_layers or not set(glimpse.le_layers) <= set(layers):
+        yield f"le_layers {glimpse.le_layers} must be layers of the model, 0 among them"
+    if not set(taps) <= set(range(base.vision_config.depth)):
+        yield f"selected_visual_layers {taps} must be blocks of the vision encoder"
+    if size % heads or (size + glimpse.visual_cond_size) % (4 * heads):
+        yield f"attn_fuse_num_heads {heads} does not divide the widths of the predictor"
+    if not set(anchors) <= set(ANCHORS):
+        yield f"anchor_positions {anchors} must be among {ANCHORS}"
 
 
 def check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
-    """Raises a NanoglimpseError if the glimpse configuration does not fit the model's."""
-    depth, heads = base.text_config.num_hidden_layers, glimpse.attn_fuse_num_heads
-    size, taps = glimpse.attn_fuse_size, glimpse.selected_visual_layers
-    _require(
-        0 <= glimpse.reduce_layer < depth,
-        f"{where}: reduce_layer {glimpse.reduce_layer} lies outside the {depth} layers",
-    )
-    _require(
-        len(glimpse.selected_layers) > 0
-        and set(glimpse.selected_layers) <= set(range(glimpse.layers)),
-        f"{where}: selected_layers {glimpse.selected_layers} must lie in 0 to reduce_layer",
-    )
-    _require(
-        0 in glimpse.le_layers and set(glimpse.le_layers) <= set(range(depth)),
-        f"{where}: le_layers {glimpse.le_layers} must hold layer 0 and lie inside the model",
-    )
-    _require(
-        set(taps) <= set(range(base.vision_config.depth)),
-        f"{where}: selected_visual_layers {taps} must name blocks of the vision encoder",
-    )
-    _require(
-        size % heads == 0 == (size + glimpse.visual_cond_size) % (4 * heads),
-        f"{where}: attn_fuse_num_heads {heads} does not divide the predictor's widths",
-    )
-    _require(
-        set(glimpse.anchor_positions) <= set(ANCHORS),
-        f"{where}: anchor_positions {glimpse.anchor_positions} are not among {ANCHORS}",
-    )
+    """Raises a NanoglimpseError if the glimpse configuration does not fit that of the model."""
+    for mistake in _glimpse_mistakes(base, glimpse):
+        raise NanoglimpseError(f"{where}: {mistake}")
 
 
 def read_pixel_config(path: Path, config: Config) -> PixelConfig:
-    """preprocessor_config.json, the released checkpoints' where there is none.
+    """The preprocessor_config.json in `path`, or the defaults if the file does not exist.
 
-    Sizes in pixels are read in either of the file's two layouts.
+    The limits of the area are read from both layouts in use.
 
     Raises:
-        NanoglimpseError: the file is broken, contradicts `config`, or asks for another resizing.
+        NanoglimpseError: the file is broken, contradicts `config`, or needs another resizing.
     """
     data = read_json(path) if path.exists() else {}
     size = data.get("size") or {}
@@ -424,7 +404,7 @@ def read_pixel_config(path: Path, config: Config) -> PixelConfig:
     }.items():
         value = found.get(name, wanted)
         if value != wanted:
-            raise NanoglimpseError(f"{path}: {name} is {value}, config.json says {wanted}")
+            raise NanoglimpseError(f"{path}: {name} is {value}, but config.json has {wanted}")
         found[name] = wanted
     if data.get("resample", 3) != 3 or not data.get("do_resize", True):
         raise NanoglimpseError(f"{path}: only bicubic resizing (resample 3) is supported")
@@ -432,8 +412,6 @@ def read_pixel_config(path: Path, config: Config) -> PixelConfig:
 
 
 def read_eos(path: Path, config: Config) -> frozenset[int]:
-    """Ids that end an answer: generation_config.json where it names some, else config.json."""
+    """Ids of the tokens that end an answer: those of generation_config.json, or else `config`'s."""
     named = read_json(path).get("eos_token_id") if path.exists() else None
-    if named is None:
-        return frozenset(config.eos_token_id)
-    return frozenset([named] if isinstance(named, int) else named)
+    return frozenset(config.eos_token_id if named is None else _token_ids(named))

@@ -2,8 +2,8 @@
 
 A multiply-add is two operations. A decoder layer computes keys and values of the rows that write,
 q, o and MLP of the rows that attend, and scores and sums of the pairs of rows in attention; a list
-of `LayerRows` says how many. Norms, rotations and softmax are not counted. Of a method's own choice
-only the products of GlimpsePrune's are.
+of `LayerRows` has their numbers. Norms, rotations and softmax are not counted. Of the pruning
+methods, only the matrix products of GlimpsePrune are counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,13 +23,13 @@ from nanoglimpse.model.vision import window_layout
 
 
 class LayerRows(NamedTuple):
-    """What a layer of the decoder does for one sequence.
+    """The rows of one sequence in a layer of the decoder.
 
     Attributes:
-        writes: rows whose keys and values it computes.
-        attends: how many of them go on to attention and MLP.
-        pairs: of a row that attends and a row that it sees.
-        before: rows whose keys and values are there already.
+        writes: rows whose keys and values are computed.
+        attends: number of these rows that go on to attention and MLP.
+        pairs: pairs of an attending row and a row that it sees.
+        before: rows whose keys and values are in the cache already.
     """
 
     writes: int
@@ -44,33 +44,33 @@ class LayerRows(NamedTuple):
 
     @classmethod
     def some(cls, rows: int, places: Sequence[int]) -> "LayerRows":
-        """Rows of which those at these places attend."""
+        """Rows of which only those at these places attend."""
         return cls(rows, len(places), sum(places) + len(places))
 
     @classmethod
     def last(cls, rows: int, before: int = 0) -> "LayerRows":
-        """Rows of which the last one attends."""
+        """Rows of which only the last one attends."""
         return cls(rows, 1, before + rows, before)
 
     @classmethod
     def square(cls, rows: int, keys: int) -> "LayerRows":
-        """Rows that see all keys, those behind them too: the paper's convention."""
+        """Rows that see all keys, also later ones, as the paper counts."""
         return cls(rows, rows, rows * keys)
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """The rows of one prompt on their way through L layers.
+    """The rows of one prompt in the L layers of the decoder.
 
     Attributes:
         total: T, before pruning.
-        visual: N of them.
-        processed: visual rows that each layer processes.
-        cached: visual rows that each layer's cache holds.
-        stops: layers after which a method looked.
-        probe: whether a glimpse rode through the layers before that.
-        survivors: places of the rows that alone attend in the layer before the only stop, where
-            the method looks inside it; None where it waits for its end.
+        visual: N, the visual rows among them.
+        processed: visual rows in the prefill of each layer.
+        cached: visual rows in the cache of each layer.
+        stops: layers after which the method prunes.
+        probe: whether a glimpse row runs through the layers before the last stop.
+        survivors: places of the only rows that attend in the layer before the stop, if the method
+            prunes inside that layer; None if it waits for the end of the layer.
     """
 
     total: int
@@ -83,7 +83,7 @@ class RowCounts:
 
     @classmethod
     def of(cls, prefill: Prefill, prompt: int = 0) -> "RowCounts":
-        """Those of one prompt of a prefill."""
+        """The rows of one prompt of a prefill."""
         pruning, batch = prefill.pruning, prefill.batch
         survivors = None
         if any(pruning.layers) and not pruning.needs.hidden and prefill.hidden is None:
@@ -107,11 +107,11 @@ class RowCounts:
 
     @property
     def stop(self) -> int:
-        """Layers that have run at the last look; 0 if there is none inside the decoder."""
+        """Layers before the last stop; 0 if there is none inside the decoder."""
         return max(self.stops, default=0)
 
     def prefill(self) -> list[LayerRows]:
-        """Each layer up to the first logits; if none has to wait for it, the last for one row."""
+        """Each layer up to the first logits; in the last layer, usually only one row attends."""
         layers = []
         for layer, visual in enumerate(self.processed):
             rows = self.text + visual + (self.probe and layer < self.stop)
@@ -124,29 +124,29 @@ class RowCounts:
         return layers
 
     def step(self, number: int) -> list[LayerRows]:
-        """Each layer for the answer's token of this number, from 1: it is read to get the next."""
+        """Each layer for the decode step with answer token `number`, from 1."""
         return [LayerRows.all(1, self.text + visual + number - 1) for visual in self.cached]
 
     def paper_prefill(self) -> list[LayerRows]:
-        """As the paper's public code counts: after pruning the survivors, and the text not."""
+        """As the public code of the paper counts: after pruning, visual tokens without the text."""
         counts = (self.total if n == self.visual else n for n in self.processed)
         return [LayerRows.square(n, n) for n in counts]
 
     def paper_step(self, number: int) -> list[LayerRows]:
-        """As there, from 0: the first token takes a step, too, and a pruned cache has no text."""
+        """As there, from 0: the first token takes a step, and a pruned cache has no text."""
         counts = (self.total if n == self.visual else n for n in self.cached)
         return [LayerRows.square(1, n + number) for n in counts]
 
 
 def session_prefix(session: Session) -> list[LayerRows]:
-    """What a session does once; in the last of all layers nothing asks yet."""
+    """Each layer of the prefix of a session; no row attends in the last layer of the decoder."""
     prefix = session.prefix
     layers = [LayerRows.all(prefix.num_rows)] * len(prefix.shared.layers)
     return layers if prefix.shared.stop else [*layers[1:], LayerRows(prefix.num_rows, 0, 0)]
 
 
 def session_question(session: Session, rows: RowCounts) -> list[LayerRows]:
-    """What a question then takes; `rows` are those of its prefill."""
+    """Each layer of a question to a session; `rows` are those of its prefill."""
     shared, before = session.prefix.shared, session.prefix.num_rows
     new = rows.total - len(session.prompt)
     if not shared.stop:
@@ -157,7 +157,7 @@ def session_question(session: Session, rows: RowCounts) -> list[LayerRows]:
 
 
 def decoder(config: TextConfig, layers: Iterable[LayerRows]) -> int:
-    """FLOPs of layers of the decoder."""
+    """FLOPs of decoder layers."""
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     write = 2 * config.hidden_size * 2 * kv
@@ -166,12 +166,12 @@ def decoder(config: TextConfig, layers: Iterable[LayerRows]) -> int:
 
 
 def head(config: TextConfig) -> int:
-    """FLOPs of one row's logits."""
+    """FLOPs of the logits of one row."""
     return 2 * config.hidden_size * config.vocab_size
 
 
 def vision(config: Config, grids: Sequence[Grid]) -> int:
-    """FLOPs of the vision encoder and its merger: windows attend inside, few layers fully."""
+    """FLOPs of the vision encoder and its merger; most layers have window attention."""
     v = config.vision_config
     layout = window_layout(tuple(grids), v, torch.device("cpu"))
     patches = len(layout.patches)
@@ -185,7 +185,7 @@ def vision(config: Config, grids: Sequence[Grid]) -> int:
 
 
 def predict(predictor: Predictor, grids: Sequence[Grid]) -> int:
-    """FLOPs of GlimpsePrune's predictor."""
+    """FLOPs of the predictor of GlimpsePrune."""
     lengths = predictor.layout(tuple(grids), torch.device("cpu"))[1].lengths
     modules = predictor.named_parameters()
     products = sum(p.numel() for name, p in modules if p.dim() == 2)
@@ -194,20 +194,20 @@ def predict(predictor: Predictor, grids: Sequence[Grid]) -> int:
 
 
 def glimpse_logits(model: Model, rows: int) -> int:
-    """FLOPs of the glimpse's q and its logits to so many rows, in the layers that are read."""
+    """FLOPs of the glimpse query and its logits to `rows` rows, in the selected layers."""
     text = model.text
     query = text.num_attention_heads * text.head_dim
     return 2 * len(model.glimpse_weights.config.selected_layers) * query * (text.hidden_size + rows)
 
 
 def count(model: Model, prefill: Prefill, prompt: int, tokens: int) -> dict[str, float]:
-    """FLOPs of a prompt and its answer by part; `paper …` are as the paper counts them.
+    """FLOPs of a prompt and its answer by part; parts named `paper …` as the paper counts them.
 
     Args:
-        model: that ran.
-        prefill: of prompts.
-        prompt: which of them.
-        tokens: of the answer; the first comes out of the prefill.
+        model: the model.
+        prefill: prefill of one or several prompts.
+        prompt: number of the prompt.
+        tokens: tokens of the answer; the first one comes from the prefill.
     """
     config, rows = model.text, RowCounts.of(prefill, prompt)
     grids, predicted, asked = prefill.batch.grids[prompt], 0, 0

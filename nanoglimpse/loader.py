@@ -2,14 +2,19 @@
 
 from pathlib import Path
 
-from nanoglimpse.config import read_config
+from nanoglimpse.config import read_config, read_eos
 from nanoglimpse.engine import Engine
 from nanoglimpse.inputs.processor import Processor
+from nanoglimpse.kernels.backends import select
 from nanoglimpse.kernels.interface import Ops
-from nanoglimpse.model.device import find_device
-from nanoglimpse.weights.checkpoint import Progress
-from nanoglimpse.weights.hub import MODEL_FILES, locate
-from nanoglimpse.weights.load import load_model
+from nanoglimpse.kernels.quantize import check_supported
+from nanoglimpse.model.device import find_device, find_dtype
+from nanoglimpse.model.model import Model
+from nanoglimpse.weights.checkpoint import Progress, shards, stream
+from nanoglimpse.weights.glimpse import load_glimpse
+from nanoglimpse.weights.hub import ADAPTER_FILES, GLIMPSE_FILES, MODEL_FILES, locate
+from nanoglimpse.weights.load import build
+from nanoglimpse.weights.lora import read_adapter
 
 
 def load(
@@ -27,36 +32,34 @@ def load(
 
     Args:
         model: "nano" (embedded), a folder, or a Hub id.
-        glimpse: folder or Hub id of glimpse weights; the model's own folder `glimpse` if None.
+        glimpse: folder or Hub id of glimpse weights; the folder `glimpse` of the model if None.
         adapter: folder or Hub id of a LoRA adapter (PEFT layout), merged into the weights.
-        device: "auto" (cuda where there is one), or a torch device.
+        device: "auto" (cuda if there is a GPU), or a torch device.
         dtype: "float32", "bfloat16", "float16", or "auto": bfloat16, but float32 for a small model
             on a CPU, and float16 on a GPU older than compute capability 8.0.
-        backend: "auto" is the fastest on the device, for inference only; "torch" is plain torch,
-            through which gradients flow; or operations of your own.
-        quantize: "int8" or "int4" for the decoder's matrices.
-        progress: called with the bytes of weights read so far, and in all.
+        backend: "auto" is the fastest for the device, for inference only; "torch" is plain torch,
+            which supports gradients; or operations of your own.
+        quantize: "int8" or "int4" for the matrices of the decoder.
+        progress: called with the bytes of weights read so far, and their total.
 
     Raises:
-        UsageError: an argument names something that does not exist here.
-        NanoglimpseError: a file is missing, broken, or of another model.
+        UsageError: an argument names something that does not exist or is not available.
+        NanoglimpseError: a file or tensor is missing, broken, unknown, or of another model.
     """
     place, folder = find_device(device), locate(model, MODEL_FILES)
     config = read_config(folder / "config.json")
-    # The small files first, so that a mistake shows before gigabytes are read. To a GPU raw pixels
-    # travel in an eighth of the bytes.
+    # Small files come first, so that mistakes are found before gigabytes are read.
     processor = Processor(folder, config, raw=place.type == "cuda")
-    loaded = load_model(
-        str(model),
-        folder,
-        config,
-        processor.pixels,
-        place,
-        dtype=dtype,
-        backend=backend,
-        glimpse=glimpse,
-        adapter=adapter,
-        quantize=quantize,
-        progress=progress,
-    )
+    ops, kind = select(backend, place), find_dtype(dtype, place, config)
+    if quantize is not None:
+        check_supported(quantize, place, kind)
+    eos, own = read_eos(folder / "generation_config.json", config), folder / "glimpse"
+    source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
+    extra = load_glimpse(source, config, ops, kind, place) if source else None
+    lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
+    tensors = stream(shards(folder), progress)
+    parts = build(config, ops, tensors, kind, place, processor.pixels, lora, quantize)
+    for part in parts:
+        part.pack(ops)
+    loaded = Model(str(model), config, *parts, extra, eos, ops, quantize)
     return Engine(loaded, processor)

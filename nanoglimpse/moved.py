@@ -1,11 +1,11 @@
-"""Where the modules of version 0.1 are now. Importing one under its old name says so in one line.
+"""Where the modules of version 0.1 are now: importing an old name raises an error with the new one.
 
-.github/CHANGELOG.md has the same table, and the classes and functions that have new names.
+.github/CHANGELOG.md has the same table, and one of classes and functions that have been renamed.
 """
 
 from importlib.machinery import ModuleSpec
 
-# Modules that kept their names, by the folder that holds them now.
+# Modules that kept their names, by their new folder.
 KEPT = {
     "cli": "chat",
     "inference": "overlay prefix sampling session session_file stream",
@@ -42,14 +42,14 @@ PUBLIC = {"processor": "Prompt", "sampling": "Sampling", "video": "Video"}
 
 
 class Moved:
-    """A finder for `sys.meta_path` that finds nothing: it explains why an old name fails."""
+    """A finder for `sys.meta_path` that finds no module, but explains why an old name fails."""
 
     @classmethod
     def find_spec(cls, name: str, path=None, target=None) -> ModuleSpec | None:
-        """None for every name that is not in the table.
+        """None for a name that is not in the table.
 
         Raises:
-            ModuleNotFoundError: the module has moved; the message says where it is.
+            ModuleNotFoundError: the module has moved; the message names the new place.
         """
         old = name.removeprefix("nanoglimpse.")
         if old == name or old not in MOVED:

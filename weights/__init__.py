@@ -1,1 +1,1 @@
-"""Loading checkpoints: where they lie, their tensors, and the model that these make up."""
+"""Checkpoints: their files, their tensors, and the networks built from them."""

@@ -1,7 +1,7 @@
-"""Weights from safetensors, streamed into the parameters that they make up.
+"""Streams weights from safetensors into the parameters of a model.
 
-A model is built on the meta device. Each parameter is allocated on its device when its first tensor
-arrives, and tensors are cast and copied into their rows of it one at a time: nothing is held twice.
+A model is built on the meta device. A parameter is allocated on its device when its first tensor is
+read, and tensors are cast and copied into it one at a time: no weight is in memory twice.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: one, or those that its index names.
+    """The weight files of a checkpoint: one file, or those of its index.
 
     Raises:
         NanoglimpseError: there are none, or one is missing.
@@ -43,14 +43,14 @@ def shards(folder: Path) -> list[Path]:
 def stream(
     files: list[Path], progress: Progress = lambda done, total: None
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Every tensor of safetensors files as (file, name, tensor), in the files' own order.
+    """All tensors of safetensors files as (file, name, tensor), in the order of the files.
 
-    A file is opened anew for each tensor: a mapping counts the pages it has touched as memory of
-    the process until it is closed, which would add whole files to the peak.
+    A file is opened again for each tensor: the pages of a mapping that have been read count as
+    memory of the process until it is closed, which would add whole files to the peak.
 
     Args:
         files: safetensors files.
-        progress: called with the bytes read so far and in all.
+        progress: called with the bytes read so far, and their total.
 
     Raises:
         NanoglimpseError: a file is corrupt or cannot be read.
@@ -80,18 +80,17 @@ def fill(
     device: torch.device,
     whole: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, tensor: {name: tensor},
 ) -> None:
-    """Loads every parameter of `module`, which lies on the meta device, frozen.
+    """Loads all parameters of `module`, which is on the meta device, and freezes them.
 
     Args:
         module: gets its parameters in `dtype` on `device`.
         source: (file, name, tensor).
-        table: canonical tensor name to its rows of a parameter.
-        unused: says which tensors the model has no use for by design.
-        whole: called with each parameter once all its tensors are there; says what `module` is to
-            hold for it.
+        table: rows of a parameter by the canonical name of the tensor that fills them.
+        unused: whether the model ignores a tensor by design.
+        whole: called with each parameter when it is complete; returns what `module` gets for it.
 
     Raises:
-        NanoglimpseError: a tensor is missing, unknown, or of another shape than its parameter.
+        NanoglimpseError: a tensor is missing, unknown, or does not have the shape of its parameter.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     missing, file = dict(table), ""
@@ -123,11 +122,11 @@ def put(target: Tensor, tensor: Tensor, what: str) -> None:
     """Copies `tensor` into `target`, a view of a parameter; a convolution kernel is flattened.
 
     Raises:
-        NanoglimpseError: the shapes differ; the message has both.
+        NanoglimpseError: the shapes differ.
     """
     flat = tensor.flatten(1) if tensor.ndim > 2 else tensor
     if flat.shape != target.shape:
         raise NanoglimpseError(
-            f"{what} has shape {list(tensor.shape)}, the model needs {list(target.shape)}"
+            f"{what} has shape {list(tensor.shape)}, but the model needs {list(target.shape)}"
         )
     target.copy_(flat)

@@ -1,11 +1,11 @@
-"""A digest that tells one set of weights from another."""
+"""A digest that identifies weights."""
 
 import hashlib
 import struct
 
 from nanoglimpse.model.model import Model
 
-# Values of each parameter that are read, evenly spread.
+# Number of evenly spaced values that are read from each parameter.
 SAMPLES = 64
 
 
@@ -17,8 +17,8 @@ def fingerprint(model: Model) -> str:
     for part, module in model.modules():
         for name, parameter in module.named_parameters():
             if model.config.tie_word_embeddings and name.startswith("lm_head"):
-                continue  # the embeddings once more, in this device's layout
-            # Weights that a CPU has packed have another layout, but the same values.
+                continue  # the embeddings again, in the layout of this device
+            # Weights packed for a CPU have another layout, but the same values.
             weight = parameter.to_dense() if parameter.is_mkldnn else parameter.detach()
             values = weight.flatten()[:: max(weight.numel() // SAMPLES, 1)].float().tolist()
             digest.update(f"{part}.{name}{tuple(weight.shape)}".encode())

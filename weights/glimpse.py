@@ -1,8 +1,8 @@
-"""Glimpse weights: the published layout, our own, and the way between them.
+"""Reads and writes glimpse weights in the published layout and in our own.
 
 Published (official model_gp.py, `save_new_modules`): config.json and new_modules_gp.pt, a dict of
 `attn_fuser`, `learnable_embeddings`, `le_proj` and `le_norm`. Ours: the same config.json and
-glimpse.safetensors, which holds the same tensors under their dotted names.
+glimpse.safetensors with the same tensors under their dotted names.
 """
 
 import io
@@ -33,14 +33,14 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """File and tensors of the glimpse weights in `folder`, by dotted name.
 
     Raises:
-        NanoglimpseError: there are none, or the file is corrupt or holds more than tensors.
+        NanoglimpseError: there are none, or the file is corrupt or contains more than tensors.
     """
     own, published = folder / OWN, folder / PUBLISHED
     if own.is_file():
         return own, {name: tensor.clone() for _, name, tensor in stream([own])}
     if published.is_file():
         return published, _flatten(published)
-    raise NanoglimpseError(f"{folder} holds no glimpse weights, neither {OWN} nor {PUBLISHED}")
+    raise NanoglimpseError(f"{folder} contains no glimpse weights, {OWN} or {PUBLISHED}")
 
 
 def _flatten(file: Path) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def _flatten(file: Path) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise NanoglimpseError(
-            f"{file} holds more than tensors; it is not loaded, since it could run code"
+            f"{file} contains more than tensors; it is not loaded, because it could run code"
         ) from None
     except (RuntimeError, OSError, EOFError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -63,7 +63,7 @@ def _flatten(file: Path) -> dict[str, Tensor]:
         flat |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}
     strange = [name for name, tensor in flat.items() if not isinstance(tensor, Tensor)]
     if strange:
-        raise NanoglimpseError(f"{file}: '{strange[0]}' is no tensor")
+        raise NanoglimpseError(f"{file}: '{strange[0]}' is not a tensor")
     return flat
 
 
@@ -74,7 +74,7 @@ def load_glimpse(
 
     Raises:
         UsageError: they were trained for another model.
-        NanoglimpseError: a file is missing or broken, a tensor missing, unknown or misshapen.
+        NanoglimpseError: a file is missing or broken, or a tensor missing, unknown or misshapen.
     """
     own_base, config = read_glimpse_config(folder / "config.json")
     _check_base(own_base, base, folder)
@@ -83,20 +83,18 @@ def load_glimpse(
         glimpse = Glimpse(base, config, ops)
     vectors = _vectors(file, tensors, own_base, config)
     glimpse.vectors = nn.Parameter(vectors.to(device, dtype), requires_grad=False)
-    last = max(len(config.selected_visual_layers) - 1, 0)
-    heads = {f"attn_fuser.attn_out_projs.{last}.{leaf}": leaf for leaf in ("weight", "bias")}
-    fill(
-        module := nn.ModuleDict({"predictor": glimpse.predictor}),
-        (
-            (str(file), f"attn_fuser.attn_out_proj.{heads[n]}" if n in heads else n, t)
-            for n, t in tensors.items()
-        ),
-        parts(module),
-        # With deep supervision every block had a head in training; inference reads the last.
-        lambda name: config.deep_supervision and name.startswith("attn_fuser.attn_out_projs."),
-        dtype,
-        device,
+    # With deep supervision, each block has a head in training; inference uses the last one.
+    head = f"attn_fuser.attn_out_projs.{max(len(config.selected_visual_layers) - 1, 0)}."
+    renamed = (
+        (str(file), name.replace(head, "attn_fuser.attn_out_proj."), tensor)
+        for name, tensor in tensors.items()
     )
+
+    def is_unused(name: str) -> bool:
+        return config.deep_supervision and name.startswith("attn_fuser.attn_out_projs.")
+
+    module = nn.ModuleDict({"predictor": glimpse.predictor})
+    fill(module, renamed, parts(module), is_unused, dtype, device)
     return glimpse
 
 
@@ -115,17 +113,15 @@ def _check_base(own: Config, base: Config, folder: Path) -> None:
 
 
 def _vectors(file: Path, tensors: dict[str, Tensor], base: Config, config: GlimpseConfig) -> Tensor:
-    """RMSNorm(W·E + b) for every layer that has a vector, [L, C] in fp32; takes what it reads."""
-    text, count = base.text_config, len(config.le_layers)
-    size = text.hidden_size
-    shapes = dict(zip(_VECTORS, ((count, 1, size), (size, size), (size,), (size,)), strict=True))
-    read = {}
-    for name, shape in shapes.items():
+    """RMSNorm(W·E + b) of each layer with a vector, fp32 [L, C]; removes the tensors it reads."""
+    text, size, read = base.text_config, base.text_config.hidden_size, []
+    shapes = ((len(config.le_layers), size), (size, size), (size,), (size,))
+    for name, shape in zip(_VECTORS, shapes, strict=True):
         if name not in tensors:
             raise NanoglimpseError(f"{file}: tensor '{name}' is missing")
-        read[name] = torch.empty(shape).flatten(1) if len(shape) > 2 else torch.empty(shape)
-        put(read[name], tensors.pop(name), f"{file}: tensor '{name}'")
-    embeddings, weight, bias, scale = read.values()
+        read.append(torch.empty(shape))
+        put(read[-1], tensors.pop(name), f"{file}: tensor '{name}'")
+    embeddings, weight, bias, scale = read
     vectors = torch.zeros(text.num_hidden_layers, size)
     vectors[list(config.le_layers)] = F.rms_norm(
         F.linear(embeddings, weight, bias), (size,), scale, text.rms_norm_eps
@@ -134,11 +130,11 @@ def _vectors(file: Path, tensors: dict[str, Tensor], base: Config, config: Glimp
 
 
 def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """Writes both layouts into `folder`, each file complete or not at all.
+    """Writes both layouts into `folder`, each file completely or not at all.
 
     Args:
-        folder: made if it does not exist.
-        tensors: by dotted name, as `read_tensors` gives them.
+        folder: folder to write to; created if it does not exist.
+        tensors: tensors by dotted name, as from `read_tensors`.
         config: content of config.json.
 
     Raises:

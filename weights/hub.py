@@ -1,4 +1,4 @@
-"""Files of a model: from a folder, or downloaded from the Hugging Face Hub."""
+"""Finds the files of a model: in a folder, or on the Hugging Face Hub."""
 
 import re
 from pathlib import Path
@@ -21,8 +21,8 @@ def locate(source: str | Path, files: list[str]) -> Path:
         files: patterns of what is needed from the Hub.
 
     Raises:
-        UsageError: there is no such folder and it is no Hub id.
-        NanoglimpseError: the Hub cannot be reached or refuses.
+        UsageError: `source` is neither a folder nor a Hub id.
+        NanoglimpseError: the Hub cannot be reached, or refuses the download.
     """
     name = str(source)
     if name in EMBEDDED:
@@ -30,7 +30,9 @@ def locate(source: str | Path, files: list[str]) -> Path:
     if Path(source).is_dir():
         return Path(source)
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise UsageError(f"{name} is no folder, no Hub id and none of {', '.join(EMBEDDED)}")
+        raise UsageError(
+            f"{name} is neither a folder nor a Hub id; embedded: {', '.join(EMBEDDED)}"
+        )
     from huggingface_hub import snapshot_download  # costs a fifth of a second
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -39,6 +41,6 @@ def locate(source: str | Path, files: list[str]) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise NanoglimpseError(
-            f"{name} is no folder, and the Hub does not give it ({reason}); where there is a "
-            f"network fetch it with 'hf download {name}', or give the path of its folder"
+            f"{name} is not a folder, and cannot be downloaded from the Hub ({reason}); download "
+            f"it elsewhere with 'hf download {name}', or give the path of a folder"
         ) from None

@@ -1,58 +1,17 @@
-"""A checkpoint's weights into the networks that use them."""
+"""Builds the networks of a checkpoint from its tensors."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, PixelConfig, read_eos
-from nanoglimpse.kernels.backends import select
+from nanoglimpse.config import Config, PixelConfig
 from nanoglimpse.kernels.interface import Ops
-from nanoglimpse.kernels.quantize import check_supported
 from nanoglimpse.model.decoder import Decoder
-from nanoglimpse.model.device import find_dtype
-from nanoglimpse.model.model import Model
 from nanoglimpse.model.vision import VisionEncoder
-from nanoglimpse.weights.checkpoint import Progress, fill, shards, stream
-from nanoglimpse.weights.glimpse import load_glimpse
-from nanoglimpse.weights.hub import ADAPTER_FILES, GLIMPSE_FILES, locate
-from nanoglimpse.weights.lora import Adapter, merge, read_adapter
+from nanoglimpse.weights.checkpoint import fill
+from nanoglimpse.weights.lora import Adapter, merge
 from nanoglimpse.weights.mapping import parts
-
-
-def load_model(
-    name: str,
-    folder: Path,
-    config: Config,
-    pixels: PixelConfig,
-    device: torch.device,
-    *,
-    dtype: str,
-    backend: str | Ops,
-    glimpse: str | Path | None,
-    adapter: str | Path | None,
-    quantize: str | None,
-    progress: Progress,
-) -> Model:
-    """The model of a checkpoint; arguments as `nanoglimpse.load`.
-
-    Raises:
-        UsageError: an argument names something that does not exist here.
-        NanoglimpseError: a file or tensor is missing, broken, unknown or misshapen.
-    """
-    ops, dtype_ = select(backend, device), find_dtype(dtype, device, config)
-    if quantize is not None:
-        check_supported(quantize, device, dtype_)
-    eos, own = read_eos(folder / "generation_config.json", config), folder / "glimpse"
-    source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
-    extra = load_glimpse(source, config, ops, dtype_, device) if source else None
-    lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
-    tensors = stream(shards(folder), progress)
-    vision, decoder = build(config, ops, tensors, dtype_, device, pixels, lora, quantize)
-    vision.pack(ops)
-    decoder.pack(ops)
-    return Model(name, config, vision, decoder, extra, eos, ops, quantize)
 
 
 def build(
@@ -65,19 +24,19 @@ def build(
     adapter: Adapter | None = None,
     quantize: str | None = None,
 ) -> tuple[VisionEncoder, Decoder]:
-    """Vision encoder and decoder from tensors, a LoRA adapter merged into them.
+    """Vision encoder and decoder, with a LoRA adapter merged into them.
 
-    With `quantize`, a mode of `kernels.quantize`, each matrix of the decoder is quantised when its
-    last tensor has been read, so that the dense model is never in memory.
+    With `quantize`, each matrix of the decoder is quantised as soon as its last tensor has been
+    read, so that the dense model is never in memory.
 
     Args:
-        config: of the checkpoint.
+        config: configuration of the checkpoint.
         ops: operations of the modules.
-        tensors: (file, name, tensor) each, named as in the checkpoint.
-        dtype, device: of the parameters.
-        pixels: how raw patches are normalised.
-        adapter: from `read_adapter`.
-        quantize: "int8", "int4" or None.
+        tensors: (file, name, tensor), with the names of the checkpoint.
+        dtype, device: dtype and device of the parameters.
+        pixels: normalisation of raw patches.
+        adapter: LoRA adapter to merge.
+        quantize: a mode of `kernels.quantize`; None for dense matrices.
 
     Raises:
         NanoglimpseError: a tensor is missing, unknown or misshapen.
@@ -87,7 +46,7 @@ def build(
         decoder = Decoder(config, ops)
     model = nn.ModuleDict({"vision": vision, "decoder": decoder})
     table = parts(model)
-    # A tied checkpoint may still carry its head, and old ones their rotary frequencies.
+    # A tied checkpoint may still contain its head, and an old one its rotary frequencies.
     unused = {"lm_head.weight"} if config.tie_word_embeddings else set()
 
     def finish(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -24,12 +24,12 @@ _UNSUPPORTED = {
 
 
 class Adapter(NamedTuple):
-    """An adapter as read.
+    """A LoRA adapter.
 
     Attributes:
-        file: its tensors' file, for errors.
+        file: file of the tensors, for errors.
         scale: alpha / r, or alpha / sqrt(r) if rank-stabilised.
-        matrices: adapted layer (canonical name) to A [r, in] and B [out, r].
+        matrices: A [r, in] and B [out, r] by the canonical name of the adapted layer.
     """
 
     file: Path
@@ -41,7 +41,7 @@ def read_adapter(folder: Path) -> Adapter:
     """The adapter in a folder of adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        NanoglimpseError: a file is missing or broken, or the adapter of a kind not to be merged.
+        NanoglimpseError: a file is missing or broken, or this kind of adapter cannot be merged.
     """
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
@@ -61,24 +61,24 @@ def read_adapter(folder: Path) -> Adapter:
         stem = name.removesuffix(".lora_A.weight")
         a, b = loaded.pop(name), loaded.pop(f"{stem}.lora_B.weight", None)
         if b is None:
-            raise NanoglimpseError(f"{file}: '{name}' has no lora_B beside it")
+            raise NanoglimpseError(f"{file}: '{name}' has no lora_B")
         matrices[canonical(stem.removeprefix("base_model.model."))] = (a, b)
     if loaded:
-        raise NanoglimpseError(f"{file}: tensor '{min(loaded)}' is no LoRA matrix")
+        raise NanoglimpseError(f"{file}: tensor '{min(loaded)}' is not a LoRA matrix")
     return Adapter(file, alpha / (rank**0.5 if config.get("use_rslora") else rank), matrices)
 
 
 def merge(name: str, parameter: Tensor, adapter: Adapter, table: dict[str, Part]) -> None:
-    """Adds an adapter to one parameter.
+    """Adds an adapter to one parameter, in place.
 
     Args:
-        name: of the parameter, as `table` has it.
-        parameter: is changed in place.
-        adapter: from `read_adapter`.
-        table: canonical tensor name to its rows of a parameter.
+        name: name of the parameter in `table`.
+        parameter: the parameter.
+        adapter: the adapter.
+        table: rows of a parameter by the canonical name of the tensor that fills them.
 
     Raises:
-        NanoglimpseError: the adapter was trained on another base.
+        NanoglimpseError: the adapter was trained on another model.
     """
     for layer, (a, b) in adapter.matrices.items():
         part = table.get(f"{layer}.weight")
@@ -89,8 +89,8 @@ def merge(name: str, parameter: Tensor, adapter: Adapter, table: dict[str, Part]
         weight = parameter[part.start : part.stop]
         if (len(b), a.shape[1]) != tuple(weight.shape):
             raise NanoglimpseError(
-                f"{adapter.file}: '{layer}' is {len(weight)} × {weight.shape[1]} here but "
-                f"{len(b)} × {a.shape[1]} there; the adapter is of another base"
+                f"{adapter.file}: '{layer}' is {len(b)} × {a.shape[1]}, but {len(weight)} × "
+                f"{weight.shape[1]} in this model; the adapter belongs to another model"
             )
         a, b = (matrix.to(weight.device, torch.float32) for matrix in (a, b))
         weight += (adapter.scale * b @ a).to(weight.dtype)

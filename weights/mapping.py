@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint make up each parameter.
+"""Which tensors of a checkpoint fill each parameter.
 
-A table: our module, with `*` for its number, to the checkpoint's modules whose rows it stacks.
-Checkpoint names are those of transformers 4.x; `canonical` turns the 5.x layout into them.
+The table maps our modules, with `*` for a layer number, to the modules of the checkpoint whose rows
+they stack. Names are those of transformers 4.x; `canonical` converts those of 5.x.
 """
 
 import re
@@ -52,7 +52,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 
 
 class Part(NamedTuple):
-    """Rows `start` to `stop` of parameter `name`, that one checkpoint tensor fills."""
+    """Rows `start` to `stop` of parameter `name`, which one tensor of the checkpoint fills."""
 
     name: str
     start: int
@@ -66,7 +66,7 @@ def canonical(name: str) -> str:
 
 
 def parts(module: nn.Module) -> dict[str, Part]:
-    """For every tensor that `module` needs, by checkpoint name, where it goes."""
+    """The rows of the parameters of `module`, by the name of the tensor that fills them."""
     table = {}
     for name, parameter in module.named_parameters():
         owner, leaf = name.rsplit(".", 1)

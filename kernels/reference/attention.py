@@ -4,7 +4,7 @@ Windows, images and prompts are all segments, so one operation serves them. The 
 run of equally long segments as one batch of `scaled_dot_product_attention`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, run: EqualLengthRun, causal: bool)
     return out.transpose(1, 2).reshape(count * length, *q.shape[1:])
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """torch's `scaled_dot_product_attention`, on a GPU without cuDNN's.
 
     cuDNN builds a plan for every length that it has not seen, in tens of milliseconds, and decoding

@@ -1,1 +1,1 @@
-"""Terminals: options, progress, errors, and the commands that answer questions."""
+"""The command line: options, progress, errors, and the commands that answer questions."""

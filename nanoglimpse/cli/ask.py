@@ -1,33 +1,23 @@
-"""`nanoglimpse generate`: a question about pictures, a chat, or the questions of a file.
+"""The command `nanoglimpse generate`: one question about pictures, a chat, or a file of questions.
 
-The answer goes to stdout as it is generated, everything else to stderr.
+The answer goes to stdout as it is generated, and everything else to stderr.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nanoglimpse.cli import console
+from nanoglimpse.cli import console, options
 from nanoglimpse.cli.batch_file import answer_file
-from nanoglimpse.cli.chat import Chat
+from nanoglimpse.cli.chat import Chat, summary
 from nanoglimpse.cli.console import Parser, adder, note
-from nanoglimpse.cli.options import (
-    SHARED,
-    add_shared,
-    given,
-    load_engine,
-    prompt_options,
-    pruning_of,
-    sampling_of,
-)
 from nanoglimpse.cli.report import as_dict, report
-from nanoglimpse.engine import Engine
 from nanoglimpse.errors import UsageError
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.overlay import save_overlay
-from nanoglimpse.inference.session import QuestionOptions
+from nanoglimpse.inference.stream import Stream
 from nanoglimpse.inputs.images import open_picture
 from nanoglimpse.inputs.processor import SYSTEM
 from nanoglimpse.inputs.video import FPS, MAX_FRAMES, Video
@@ -39,43 +29,44 @@ EXAMPLES = EMBEDDED["nano"] / "examples"
 
 
 class VideoPath(str):
-    """A path that was given with --video."""
+    """A path given with --video."""
 
 
 def parser() -> Parser:
-    """All options, each with its default."""
+    """The parser of the command line."""
     p = Parser(
         prog="nanoglimpse generate",
         description="Answer a question about pictures with Qwen2.5-VL, pruned by GlimpsePrune. "
-        "Without arguments: a built-in question about a built-in picture.",
+        "Without arguments, answer a built-in question about a built-in picture.",
         quiet=True,
     )
     several = {"action": "append", "dest": "image"}
     video = "an animation (GIF, WebP, APNG) or a folder of frames; may be mixed with --image"
-    chat = "continue asking about the same pictures, one question a line; /help lists commands"
-    session = "a file written by /save in a chat: encoded pictures and the conversation about them"
+    chat = "ask any number of questions about the pictures, one per line; /help lists the commands"
+    session = "ask about a session that /save wrote in a chat, which has pictures and conversation"
     add = adder(p)
-    add("question", str, "what to ask", nargs="?")
+    add("question", str, "the question", nargs="?")
     add("--image", str, "a picture; may be repeated", metavar="FILE", **several)
     add("--video", VideoPath, video, metavar="PATH", **several)
     p.set_defaults(image=[])
-    add("--fps", FPS, "frames of videos a second")
-    add("--max-frames", MAX_FRAMES, "upper limit for the frames of a video")
+    add("--fps", FPS, "frames per second to sample from a video")
+    add("--max-frames", MAX_FRAMES, "maximum number of frames of a video")
     add("--system", SYSTEM, "system prompt")
     add("--chat", False, chat)
     add("--session", str, session, metavar="FILE")
     add("--list-methods", False, "list the pruning methods and exit")
-    for group in SHARED:
-        add_shared(p, group)
+    for group in options.SHARED:
+        options.add_shared(p, group)
     add = adder(p.add_argument_group("many questions"))
-    batch = 'one question a line: {"image": path, [paths] or null, "question": text}; also "video"'
-    output = "file of results; questions that it answers are not asked again"
+    batch = 'one question per line: {"image": path, [paths] or null, "question": text}; "video" too'
+    output = "file for the results; questions that it already answers are skipped"
+    limit = "maximum number of tokens to prefill at once, and to hold in the cache"
     add("--batch-file", str, batch, metavar="JSONL")
     add("--output", str, output, metavar="JSONL")
-    add("--max-batch-tokens", 8192, "rows to prefill at once, and to hold for answers")
+    add("--max-batch-tokens", 8192, limit)
     add = adder(p.add_argument_group("output"))
-    overlay = "write a picture of the kept visual tokens; to a .gif or .webp an animation"
-    add("--overlay", str, overlay, metavar="PNG")
+    overlay = "write a picture of the kept visual tokens; .gif and .webp become animations"
+    add("--overlay", str, overlay, metavar="FILE")
     add("--json", False, "print one JSON object instead of text")
     p.add_argument("--version", action="version", version=f"nanoglimpse {VERSION}")
     return p
@@ -94,89 +85,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command(args: argparse.Namespace) -> int:
-    """Does what the options say; returns the exit code."""
+    """Runs the command that the options describe; returns the exit code."""
     if args.list_methods:
         print("\n".join(f"{name:11}  {method.about}" for name, method in METHODS.items()))
         return 0
     if args.batch_file:
-        return answer_file(args, given(args, parser()))
+        return answer_file(args, options.given(args, parser()))
     if args.output:
-        raise UsageError("--output is for the results of a --batch-file; none is given")
+        raise UsageError("--output needs a --batch-file")
     if args.session:
         _check_session(args)
-    talks = args.chat or args.session
-    sampling, pruning = sampling_of(args), pruning_of(args)
-    images, question = (visuals(args), args.question) if talks else _task(args)
+    sampling, pruning = options.sampling_of(args), options.pruning_of(args)
+    decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    images, question = _task(args)
     _check(args, images)
-    engine = load_engine(args)
-    if talks:
-        return _talk(args, engine, images)
-    stream = engine.stream(
-        images,
-        question,
-        pruning,
-        prompt_options=prompt_options(args),
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-    )
-    code = 0
+    engine, prompting = options.load_engine(args), options.prompt_options(args)
+    names: list[Any] = [*images]
+    if args.session:
+        session = engine.load_session(args.session)
+        names = [None] * len(session.prompt.grids)
+    elif args.chat:
+        session = engine.session(images, pruning, **prompting)
+    else:
+        stream = engine.stream(images, question, pruning, prompt_options=prompting, **decoding)
+        return _answer(args, stream, names, question)
+    if args.chat:
+        chat = Chat(session, names, decoding, note(args), args.json)
+        return chat.run([question] if question else [])
+    return _answer(args, session.stream(question, **decoding), names, question)
+
+
+def _answer(args: argparse.Namespace, stream: Stream, images: list[Any], question: str) -> int:
+    """Prints an answer while it is generated, then its statistics; returns the exit code."""
+    code, tell, model = 0, note(args), stream.model
     try:
         for piece in stream:
             if not args.json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt as interruption:
         code = console.exit_code(interruption)
-    answer, tell = stream.answer, note(args)
-    print(json.dumps(as_dict(engine, question, images, answer)) if args.json else "", flush=True)
-    for line in report(answer):
+    answer = stream.answer
+    print(json.dumps(as_dict(model, question, images, answer)) if args.json else "", flush=True)
+    kept = summary(answer, model.config) if args.session else []
+    for line in [*kept, *report(answer)]:
         tell(line)
     if code:
-        tell("interrupted: the answer above ends where it was stopped")
+        tell("interrupted: the answer above is incomplete")
     if args.overlay:
-        save_overlay(Path(args.overlay), images, question, answer, engine.config)
+        save_overlay(Path(args.overlay), images, question, answer, model.config)
         tell(f"overlay     {args.overlay}")
     return code
 
 
-def _talk(args: argparse.Namespace, engine: Engine, images: list[str | Video]) -> int:
-    """A chat, or one question to a saved session, outside its conversation."""
-    names: list[str | Video | None] = [*images]
-    if args.session:
-        session = engine.load_session(args.session)
-        names = [None] * len(session.prompt.grids)
-    else:
-        session = engine.session(images, pruning_of(args), **prompt_options(args))
-    decoding: QuestionOptions = {
-        "max_new_tokens": args.max_new_tokens,
-        "sampling": sampling_of(args),
-    }
-    answered = partial(as_dict, engine) if args.json else None
-    chat = Chat(session, names, decoding, note(args), report, answered)
-    if args.chat:
-        return chat.run([args.question] if args.question else [])
-    chat.follow_up = False
-    try:
-        answer = chat.answer(args.question)
-    except KeyboardInterrupt as interruption:
-        note(args)("interrupted: the answer above ends where it was stopped")
-        return console.exit_code(interruption)
-    for line in report(answer):
-        note(args)(line)
-    return 0
-
-
-def visuals(args: argparse.Namespace) -> list[str | Video]:
-    """The pictures and videos, in the order given."""
-    clip = partial(Video, fps=args.fps, max_frames=args.max_frames)
-    return [clip(str(path)) if isinstance(path, VideoPath) else path for path in args.image]
-
-
 def _task(args: argparse.Namespace) -> tuple[list[str | Video], str]:
-    """Pictures, videos and question: the given ones, or else the built-in ones."""
-    if args.question is not None or args.image:
-        if not args.question:
-            raise UsageError("a question is needed; put it in quotes after the options")
-        return visuals(args), args.question
+    """Pictures, videos and question of the command line, or the built-in ones without any."""
+    images = [
+        Video(str(path), args.fps, args.max_frames) if isinstance(path, VideoPath) else path
+        for path in args.image
+    ]
+    if args.question or args.chat or args.session:
+        return images, args.question
+    if args.question is not None or images:
+        raise UsageError("a question is needed; put it in quotes after the options")
     picture, question = built_in()
     note(args)(f"picture     {picture}")
     note(args)(f"question    {question}")
@@ -190,24 +160,24 @@ def built_in() -> tuple[Path, str]:
 
 
 def _check(args: argparse.Namespace, images: list[str | Video]) -> None:
-    """Finds mistakes that show before gigabytes of weights are read."""
+    """Finds mistakes that can be seen before gigabytes of weights are read."""
     for image in images:
         image.check() if isinstance(image, Video) else open_picture(image).close()
     if args.chat and args.overlay:
-        raise UsageError("a chat has many answers; write /overlay FILE after the one you want")
+        raise UsageError("--overlay cannot be combined with --chat; use /overlay FILE in the chat")
     if args.overlay:
         check_writable(Path(args.overlay), "overlay")
 
 
 def _check_session(args: argparse.Namespace) -> None:
-    fixed = {"image", "overlay", *prompt_options(args)}
-    fixed |= {flag[2:].replace("-", "_") for flag in SHARED["pruning"]}
-    if wrong := [name for name in given(args, parser()) if name in fixed]:
+    fixed = {"image", "overlay", *options.prompt_options(args)}
+    fixed |= {flag[2:].replace("-", "_") for flag in options.SHARED["pruning"]}
+    if wrong := [name for name in options.given(args, parser()) if name in fixed]:
         raise UsageError(
-            f"a --session has its own pictures, prompt and pruning; it goes without "
-            f"--{wrong[0].replace('_', '-')}"
+            f"--{wrong[0].replace('_', '-')} cannot be combined with --session, which has its own "
+            "pictures, system prompt and pruning"
         )
     if not (args.chat or args.question):
-        raise UsageError("a --session needs a question, or --chat for many")
+        raise UsageError("--session needs a question or --chat")
     if not Path(args.session).is_file():
         raise UsageError(f"there is no session {args.session}")

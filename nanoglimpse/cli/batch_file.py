@@ -1,7 +1,7 @@
-"""Questions from a file and answers to one, one a line each: `generate --batch-file`.
+"""`generate --batch-file`: questions from a JSONL file, and their answers as lines of another.
 
-Results are written as the answers finish. A question that has been answered is not asked again when
-the same command is given again: a line says which question it answers, and with what settings.
+Results are written as the answers finish. Each line names its question and the settings of the run,
+so that the same command, given again, asks only the questions that have no answer yet.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from nanoglimpse.inputs.video import Video
 from nanoglimpse.jsonl import Journal, read_rows
 
 VISUALS = ("image", "video")
-# Options on which an answer does not depend.
+# Options that do not affect an answer.
 APART = {"batch_file", "output", "max_batch_tokens", "json", "quiet", "debug"}
 
 
@@ -29,74 +29,77 @@ class FileQuestion:
     """A line of the file.
 
     Attributes:
-        index: of the question in the file, from 0.
-        names: its pictures, then its videos, as the file has them.
-        images, videos: their paths.
+        index: position of the question in the file, from 0.
+        names: names of its pictures and then of its videos, as in the file.
+        visuals: the pictures and videos themselves.
         text: the question.
-        id: the file's own name for it, of any JSON type; None without.
+        id: the "id" of the line, of any JSON type; None without one.
     """
 
     index: int
     names: list[str]
-    images: list[Path]
-    videos: list[Path]
+    visuals: list[Path | Video]
     text: str
     id: Any = None
 
-    def visuals(self, fps: float, max_frames: int) -> list[Path | Video]:
-        """Pictures, then videos."""
-        return [*self.images, *(Video(video, fps, max_frames) for video in self.videos)]
-
     @property
     def record(self) -> dict[str, Any]:
-        """What the results say of the question."""
+        """The fields of the results that identify the question."""
         named = {} if self.id is None else {"id": self.id}
         return {"index": self.index, **named, "question": self.text, "images": self.names}
 
 
-def read_questions(path: Path) -> list[FileQuestion]:
+def read_questions(path: Path, fps: float, max_frames: int) -> list[FileQuestion]:
     """The questions of a file: {"image": path, [paths] or null, "question": text, "id": any}.
 
-    A video is named as "video", instead of a picture or beside it. Paths are relative to the file's
-    folder. Blank lines do not count, and further keys are not read.
+    Videos are given as "video", in place of pictures or beside them. Paths are relative to the
+    folder of the file. Blank lines do not count, and other keys are ignored.
+
+    Args:
+        path: the file.
+        fps, max_frames: as `Video`.
 
     Raises:
-        UsageError: there is no such file, or a line is not a question; it says which.
+        UsageError: the file does not exist, or a line is not a question; the message says which.
     """
-    rows = read_rows(path)
-    if not rows:
-        raise UsageError(f"{path} holds no question")
-    return [_question(index, row, path, number) for index, (number, row) in enumerate(rows)]
+    questions = []
+    for index, (number, row) in enumerate(read_rows(path)):
+        names = _names(row, f"{path}, line {number}")
+        images = [path.parent / name for name in names["image"]]
+        videos = [Video(path.parent / name, fps, max_frames) for name in names["video"]]
+        both = names["image"] + names["video"]
+        question = FileQuestion(index, both, [*images, *videos], row["question"], row.get("id"))
+        questions.append(question)
+    if not questions:
+        raise UsageError(f"{path} contains no questions")
+    return questions
 
 
-def _question(index: int, row: Any, path: Path, number: int) -> FileQuestion:
-    named = isinstance(row, dict) and _is_text(row.get("question"))
-    if not named or not set(VISUALS) & set(row):
+def _names(row: Any, where: str) -> dict[str, list[str]]:
+    """Names of the pictures and of the videos in a line, which must be a question."""
+    question = row.get("question") if isinstance(row, dict) else None
+    if not isinstance(question, str) or not question or not set(VISUALS) & set(row):
         raise UsageError(
-            f'{path}, line {number}, needs {{"image": …, "question": "…"}}; text alone has null'
+            f'{where}: expected {{"image": path, "question": text}}, with null for text alone'
         )
     names = {}
     for kind in VISUALS:
         value = row.get(kind)
-        names[kind] = [] if value is None else [value] if _is_text(value) else value
-        if not isinstance(names[kind], list) or not all(map(_is_text, names[kind])):
-            raise UsageError(f"{path}, line {number}: {kind} is a path, a list of paths, or null")
-    images, videos = ([path.parent / name for name in names[kind]] for kind in VISUALS)
-    both = names["image"] + names["video"]
-    return FileQuestion(index, both, images, videos, row["question"], row.get("id"))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+        names[kind] = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(name, str) and name for name in names[kind]):
+            raise UsageError(
+                f"{where}: {kind} must be a path, a list of paths or null, got {value!r}"
+            )
+    return names
 
 
 class AnswerFile:
-    """Results of a batch, on stdout or in a file whose answers count as done.
+    """The results of a batch, on stdout or in a file that a later run continues.
 
     Attributes:
-        left: the questions without an answer.
-        total, done: questions in all, and with a result.
-        failed: questions that got an error in this run.
+        left: the questions that have no answer yet.
+        total, done: the number of questions, and of those with a result.
+        failed: the number of questions that failed in this run.
     """
 
     def __init__(self, path: Path | None, questions: list[FileQuestion], settings: dict):
@@ -106,9 +109,9 @@ class AnswerFile:
         self.total, self.done, self.failed = len(questions), len(done), 0
 
     def _resume(self, journal: Journal, questions: list[FileQuestion]) -> set[int]:
-        """Indices of the questions answered before; only their lines remain in the file.
+        """Indices of the questions with an answer in the file; removes its other lines.
 
-        Failed questions are asked again.
+        Questions that failed are asked again.
         """
         answers: dict[int, dict] = {}
         if not journal.path.exists():
@@ -127,15 +130,15 @@ class AnswerFile:
         except (TypeError, KeyError, IndexError):
             same = False
         if not same:
-            raise UsageError(f"{where} answers no question of this file; name another --output")
+            raise UsageError(f"{where} is not a result of this batch file; choose another --output")
         if row.get("settings") != self.settings:
             raise UsageError(
-                f"{where} was answered with settings {json.dumps(row.get('settings'))}, now they "
-                f"are {json.dumps(self.settings)}; name another --output"
+                f"{where} has the settings {json.dumps(row.get('settings'))}, but this run has "
+                f"{json.dumps(self.settings)}; choose another --output"
             )
 
     def add(self, question: FileQuestion, result: dict) -> None:
-        """Writes a line: the question, its settings, and the answer or the error.
+        """Writes the result of a question: its answer, or its error.
 
         Raises:
             NanoglimpseError: the file cannot be written.
@@ -150,22 +153,26 @@ class AnswerFile:
 
 
 def answer_file(args: argparse.Namespace, given: dict[str, Any]) -> int:
-    """Answers the questions of a file; returns 0, and raises where any failed.
+    """Answers the questions of a file; returns 0.
 
     Args:
-        args: options of `generate`.
-        given: those that differ from their defaults.
+        args: the options of `generate`.
+        given: the options that differ from their defaults.
+
+    Raises:
+        UsageError: an option or a line makes no sense.
+        NanoglimpseError: at least one question failed, or the results cannot be written.
     """
     if args.question is not None or args.image or args.overlay or args.chat or args.session:
         raise UsageError(
-            "a --batch-file names questions and pictures itself; it goes without --overlay, "
-            "--chat and --session"
+            "--batch-file cannot be combined with a question, --image, --video, --overlay, --chat "
+            "or --session"
         )
     pruning_of(args), sampling_of(args)
     output = Path(args.output) if args.output else None
     if output:
         check_writable(output, "results")
-    questions = read_questions(Path(args.batch_file))
+    questions = read_questions(Path(args.batch_file), args.fps, args.max_frames)
     settings = {name: value for name, value in given.items() if name not in APART}
     results = AnswerFile(output, questions, settings)
     if results.left:
@@ -178,13 +185,13 @@ def answer_file(args: argparse.Namespace, given: dict[str, Any]) -> int:
     note(args)(f"questions   {results.done} of {results.total}")
     if results.failed:
         raise NanoglimpseError(
-            f"{results.failed} of {results.total} questions failed; their lines say why"
+            f"{results.failed} of {results.total} questions failed; see the results"
         )
     return 0
 
 
 def _answer_all(args: argparse.Namespace, results: AnswerFile) -> None:
-    queries = [(q.visuals(args.fps, args.max_frames), q.text) for q in results.left]
+    queries = [(question.visuals, question.text) for question in results.left]
     engine, show = load_engine(args), Progress("questions", args.quiet)
     answers = engine.answers(
         queries,
@@ -200,6 +207,6 @@ def _answer_all(args: argparse.Namespace, results: AnswerFile) -> None:
             results.add(question, {"error": str(answer)})
             note(args)(f"question {question.index}: {answer}")
         else:
-            results.add(question, as_dict(engine, question.text, [*question.names], answer))
+            results.add(question, as_dict(engine.model, question.text, [*question.names], answer))
         remark = f"{results.failed} failed" if results.failed else ""
         show(results.done, results.total, remark)

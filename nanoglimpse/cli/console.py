@@ -1,4 +1,4 @@
-"""What all commands share on a terminal: errors in one line, exit codes, signals, progress."""
+"""What all commands share: options, errors in one line, exit codes, signals, progress."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ import torch
 
 from nanoglimpse.errors import NanoglimpseError
 
-# Seconds between two lines of progress where no line can be rewritten, and between two rewrites.
+# Seconds between two lines of progress, and between two updates of a line on a terminal.
 EVERY, REWRITE = 10.0, 0.1
 
 
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def adder(container: argparse._ActionsContainer) -> Callable[..., None]:
-    """Gives a function that adds options to a parser or to a group, as `add_option` does."""
+    """A function that adds options to a parser or to a group; arguments as `add_option`."""
     return partial(add_option, container)
 
 
@@ -58,11 +58,11 @@ def add_option(
     Args:
         container: a parser, or a group of its options.
         flag: the option, or the name of a positional argument.
-        default: the value, whose type is that of the option: False for a switch, a list or a tuple
-            for several values; or only a type, for an option that is None unless it is given.
+        default: a value, whose type is that of the option: False for a switch, a list or a tuple
+            for several values. Or a type, for an option that is None unless it is given.
         help: what the option does; the default is appended.
-        shown: the default in words, where its value does not speak for itself.
-        choices: the values that are allowed.
+        shown: the default in words, where its value is not clear by itself.
+        choices: the allowed values.
         more: further arguments of `add_argument`.
     """
     if default is False:
@@ -83,7 +83,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class Stopped(Exception):
-    """A command was interrupted after it had saved or shown what there was.
+    """A command was interrupted, and has saved or shown its results so far.
 
     Args:
         message: one line for the user.
@@ -112,12 +112,12 @@ def run(
     """Parses the command line and runs a command; every failure becomes one line on stderr.
 
     Args:
-        command: is given the options; returns an exit code.
-        parser: of the options.
-        arguments: the command line; that of the process if None.
-        interrupted: the line after an interruption that the command does not handle itself.
-        memory: the advice where memory does not suffice.
-        report: whether this process prints errors of usage; of several, one does.
+        command: takes the options and returns an exit code.
+        parser: parser of the options.
+        arguments: the command line; None for that of the process.
+        interrupted: the line to print if the command does not handle an interruption itself.
+        memory: what to do when memory runs out.
+        report: whether this process prints usage errors; one of several processes does.
 
     Returns:
         The command's exit code; 2 for misuse, 1 for failure, 130 after Ctrl-C, 143 after SIGTERM.
@@ -129,18 +129,15 @@ def run(
             code = command(args)
             sys.stdout.flush()
             return code
-        except NanoglimpseError as error:
+        except (NanoglimpseError, Stopped) as error:
             if error.exit_code != 2 or report():
                 fail(str(error), args.debug)
-            return error.exit_code
-        except Stopped as error:
-            fail(str(error), args.debug)
             return error.exit_code
         except KeyboardInterrupt as error:
             fail(interrupted, args.debug)
             return exit_code(error)
         except BrokenPipeError:
-            # The reader of our output has left; flushing stdout at exit would complain once more.
+            # Nobody reads stdout any more; flushing it at exit would raise the error again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
@@ -155,7 +152,7 @@ def run(
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated` meanwhile; only the main thread may set handlers."""
+    """Lets SIGTERM raise `Terminated`, in the main thread only: others may not set handlers."""
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -172,7 +169,7 @@ def _terminable() -> Iterator[None]:
 
 
 def _open_streams() -> None:
-    """Replaces streams that the caller has closed, such as with `>&-`, by the null device."""
+    """Opens the null device in place of streams that the caller has closed, as `>&-` does."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -185,7 +182,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fail(message: str, debug: bool = False) -> None:
-    """One line that says what went wrong, after the traceback if it is wanted."""
+    """Prints an error in one line, after its traceback if `debug` is set."""
     if debug:
         with suppress(OSError):
             traceback.print_exc()
@@ -193,23 +190,23 @@ def fail(message: str, debug: bool = False) -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr, unless its reader has left."""
+    """Prints a line on stderr, if anyone still reads it."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def note(args: argparse.Namespace) -> Callable[[str], None]:
-    """Prints lines on stderr, or drops them with `--quiet`."""
+    """A function that prints a line on stderr, or drops it with `--quiet`."""
     return (lambda line: None) if args.quiet else say
 
 
 class Progress:
-    """How far something is, on stderr: one line, rewritten on a terminal, else now and then.
+    """Progress on stderr: one line that is updated on a terminal, a line now and then elsewhere.
 
     Args:
         label: what is counted.
-        quiet: show nothing.
-        bytes: the counts are bytes.
+        quiet: print nothing.
+        bytes: whether the counts are bytes.
     """
 
     def __init__(self, label: str, quiet: bool = False, bytes: bool = False):
@@ -217,7 +214,7 @@ class Progress:
         self.shown = 0.0 if sys.stderr.isatty() else time.perf_counter()
 
     def __call__(self, done: int, total: int, remark: str = "") -> None:
-        """Shows that `done` of `total` are done; the line disappears with the last."""
+        """Shows that `done` of `total` are done; the line disappears when all are."""
         now, terminal = time.perf_counter(), sys.stderr.isatty()
         wait = REWRITE if terminal else EVERY
         ends = terminal and done >= total

@@ -1,4 +1,4 @@
-"""The options that commands share, each declared once, and what they mean for the engine."""
+"""The options that commands share, each declared once, and the objects that they describe."""
 
 import argparse
 import time
@@ -13,16 +13,16 @@ from nanoglimpse.kernels.quantize import MODES
 from nanoglimpse.loader import load
 from nanoglimpse.methods.options import KV_DROPS, Pruning
 
-# By group and flag: the default or the type, the help, and whatever else `console.adder` takes.
+# By group and flag: the arguments of `console.add_option` after the flag.
 SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
     "model": {
-        "--model": ("nano", "'nano', a folder or a Hub id"),
+        "--model": ("nano", "'nano', a folder, or a Hub id"),
         "--glimpse": (str, "folder or Hub id of glimpse weights", "MODEL/glimpse"),
         "--adapter": (str, "folder or Hub id of a LoRA adapter to merge (PEFT layout)"),
         "--device": ("auto", "auto, cpu, cuda or cuda:N"),
         "--dtype": ("auto", "auto, float32, bfloat16 or float16"),
-        "--backend": ("auto", f"kernels: {', '.join(BACKENDS)}"),
-        "--quantize": (str, "store the decoder's matrices in few bits", "", MODES),
+        "--backend": ("auto", f"kernels to use: {', '.join(BACKENDS)}"),
+        "--quantize": (str, "quantise the weights of the decoder", "", MODES),
     },
     "pictures": {
         "--min-pixels": (int, "enlarge pictures with fewer pixels", "the model's"),
@@ -34,31 +34,38 @@ SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
             "name of a pruning method (see --list-methods) or file.py:Class",
             "glimpse where there are weights for it",
         ),
-        "--threshold": (float, "keep tokens whose probability is above this", "the weights' own"),
+        "--threshold": (float, "keep tokens with a probability above this", "the weights' own"),
         "--max-ratio": (float, "keep at most this share of the visual tokens", "no cap"),
-        "--max-frame-ratio": (float, "keep at most this share of a pair of frames", "no cap"),
+        "--max-frame-ratio": (float, "keep at most this share of each pair of frames", "no cap"),
         "--min-tokens": (int, "keep at least this many visual tokens", "the weights' own, or 1"),
         "--kv-drop": (
             Pruning.kv_drop,
-            "drop tokens from the caches of all layers, or only of later layers",
+            "drop tokens from the KV cache of all layers, or of later layers only",
             "",
             KV_DROPS,
         ),
         "--keep-videos": (False, "prune images only, not videos"),
     },
     "answer": {
-        "--max-new-tokens": (128, "upper limit for the tokens of an answer"),
-        "--temperature": (Sampling.temperature, "0 takes the most likely token"),
-        "--top-p": (Sampling.top_p, "draw from the smallest set of tokens with this probability"),
-        "--top-k": (Sampling.top_k, "draw from the k most likely tokens; 0 for all"),
+        "--max-new-tokens": (128, "maximum number of tokens in an answer"),
+        "--temperature": (Sampling.temperature, "sampling temperature; 0 is greedy"),
+        "--top-p": (Sampling.top_p, "sample from the smallest set of tokens with this probability"),
+        "--top-k": (Sampling.top_k, "sample from the k most likely tokens; 0 for all"),
         "--repetition-penalty": (1.0, "divide the logits of tokens seen before by this"),
-        "--seed": (int, "make sampling repeatable"),
+        "--seed": (int, "seed that makes sampling repeatable"),
     },
 }
 
 
 def add_shared(parser: Parser, group: str, *flags: str, **defaults: Any) -> None:
-    """Declares a group of shared options: the given ones or all, some with another default."""
+    """Declares a group of shared options.
+
+    Args:
+        parser: parser that gets the options.
+        group: name of the group.
+        flags: the options to declare; all of the group if there are none.
+        defaults: other defaults, by the name of the option.
+    """
     add = adder(parser.add_argument_group(group))
     for flag, (default, *rest) in SHARED[group].items():
         if not flags or flag in flags:
@@ -69,7 +76,7 @@ def pruning_of(args: argparse.Namespace) -> Pruning:
     """The pruning that the options ask for.
 
     Raises:
-        UsageError: it makes no sense, whatever the model.
+        UsageError: a value is outside its range.
     """
     return Pruning(**_fields(Pruning, args), prune_videos=not args.keep_videos)
 
@@ -78,13 +85,13 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling that the options ask for.
 
     Raises:
-        UsageError: a value is out of its range.
+        UsageError: a value is outside its range.
     """
     return Sampling(**_fields(Sampling, args))
 
 
 def _fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a dataclass that are options of the command line."""
+    """Values of the options that are fields of a dataclass."""
     names = [field.name for field in fields(options)]
     return {name: getattr(args, name) for name in names if name in args}
 
@@ -101,7 +108,7 @@ def given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str
 
 
 def load_engine(args: argparse.Namespace, **changes: Any) -> Engine:
-    """The engine that the options name, with progress and a line about it on stderr.
+    """Loads the engine that the options describe, and prints progress and its name on stderr.
 
     Raises:
         UsageError, NanoglimpseError: as `load`.
@@ -128,5 +135,5 @@ def describe(engine: Engine) -> str:
 
 
 def in_bytes(count: int) -> str:
-    """A number of bytes, for a person."""
+    """A number of bytes in MB or GB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""An answer for a person, line by line, and for a program, as one JSON object."""
+"""An answer as lines of statistics, and as a JSON object."""
 
 import platform
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from nanoglimpse.cli.options import in_bytes
-from nanoglimpse.engine import Engine
 from nanoglimpse.inference.outputs import Answer
 from nanoglimpse.inputs.video import Video
+from nanoglimpse.model.model import Model
 from nanoglimpse.version import VERSION
 
 
@@ -35,9 +35,9 @@ def report(answer: Answer) -> list[str]:
 
 
 def as_dict(
-    engine: Engine, question: str, images: Sequence[str | Video | None], answer: Answer
+    model: Model, question: str, images: Sequence[str | Video | None], answer: Answer
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The object that `--json` prints."""
     names = [image.name if isinstance(image, Video) else image for image in images]
     stats = asdict(answer.stats)
     return {
@@ -55,9 +55,9 @@ def as_dict(
             "nanoglimpse": VERSION,
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "model": engine.model.name,
-            "device": str(engine.device),
-            "dtype": str(engine.dtype)[6:],
-            "quantize": engine.model.quantized,
+            "model": model.name,
+            "device": str(model.device),
+            "dtype": str(model.dtype)[6:],
+            "quantize": model.quantized,
         },
     }

@@ -1,1 +1,1 @@
-"""A batch of prompts on its way to answers: prefill, decoding, sessions, scheduling."""
+"""From prompts to answers: prefill, decoding, sessions, scheduling."""

@@ -1,8 +1,8 @@
-"""Decode steps that a GPU replays: captured once for a batch and a capacity, launched as one.
+"""Captured decode steps: recorded once for a batch size and a capacity, launched as one graph.
 
-Eager decoding of a small batch waits for its own launches. A captured step cannot read anything
-back to the host, so it counts on the device, in buffers of its own; a prefill's cache is copied
-there. The same step also runs uncaptured, on any device.
+The speed of eager decoding is limited by kernel launches if the batch is small. A captured step
+cannot send anything to the host, so that it counts on the device, in its own buffers, to which the
+cache of a prefill is copied. The same step also runs without capture, on any device.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from nanoglimpse.kvcache.device import DeviceKVCache
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.rope import frequencies
 
-# Capacities are rounded up to a multiple of this, so that few graphs serve all lengths.
+# Capacities are rounded up to a multiple of this, so that a few graphs fit all lengths.
 CAPACITY = 1024
-# Idle graphs that are kept; each holds a cache.
+# Maximum number of idle graphs, each with its cache.
 IDLE = 2
 
 Step = Callable[[], None]
@@ -27,17 +27,17 @@ Capture = Callable[[Step, torch.device], Step]
 
 
 class DecodeGraph:
-    """A decode step over buffers of its own.
+    """A decode step with its own buffers.
 
     Args:
-        model: decodes.
-        batch: sequences.
-        capacity: cache rows of each.
+        model: the model.
+        batch: number of sequences.
+        capacity: cache rows of each sequence.
         capture: records the step.
 
     Attributes:
         token_ids, position: int64 [B], input of the next step.
-        logits: [B, vocab] of the last step; the next one overwrites them.
+        logits: [B, vocab], output of the last step; the next step overwrites it.
     """
 
     def __init__(self, model: Model, batch: int, capacity: int, capture: Capture):
@@ -52,25 +52,25 @@ class DecodeGraph:
         self._run = capture(self.step, weight.device)
 
     def step(self) -> None:
-        """One token a sequence; all three axes of an answer's position are equal."""
+        """Decodes one token per sequence; positions of an answer are equal on all three axes."""
         rope = Rope.of(self.position[:, None] * self.frequencies)
         self.logits = self.decoder.step(self.token_ids, rope, self.cache)
         self.position += 1
 
     def begin(self, cache: KVCache) -> None:
-        """Starts from the cache of a prefill."""
+        """Copies the cache of a prefill, to continue it."""
         self.cache.load(cache)
         self.position.copy_(cache.next_position)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """One token a sequence, int64 [B]: logits [B, vocab] of the next."""
+        """Logits [B, vocab] after one more token per sequence, int64 [B]."""
         self.token_ids.copy_(token_ids)
         self._run()
         return self.logits
 
 
 class DecodeGraphPool:
-    """Graphs of one model. A graph is owned exclusively while in use."""
+    """Graphs of one model; only one caller uses a graph at a time."""
 
     def __init__(self, model: Model, capture: Capture | None = None):
         self.model, self.capture = model, capture or capture_cuda
@@ -78,7 +78,7 @@ class DecodeGraphPool:
 
     @contextmanager
     def acquire(self, cache: KVCache, steps: int) -> Iterator[DecodeGraph]:
-        """A graph that continues a prefill's cache for so many steps."""
+        """A graph that continues the cache of a prefill for `steps` steps."""
         batch, needed = len(cache.lengths), max(cache.lengths) + steps
         fitting = [g for g in self.idle if g.batch == batch and g.capacity >= needed]
         graph = min(fitting, key=lambda g: g.capacity, default=None)
@@ -95,12 +95,12 @@ class DecodeGraphPool:
 
 
 def capture_cuda(step: Step, device: torch.device) -> Step:
-    """Records what `step` launches on a GPU; the result launches it again, as one."""
+    """Records the kernels that `step` launches; the result launches them again as one graph."""
     with torch.cuda.device(device):
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            step()  # compiles kernels and takes scratch memory, which a capture may not
+            step()  # compiles kernels and allocates memory, which is not allowed in a capture
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         # Without a stream of its own torch captures on the one that it made first, on any device.

@@ -20,7 +20,7 @@ LOOKAHEAD = 7
 
 
 def lookahead(device: torch.device) -> int:
-    """Decode steps to queue ahead where tokens are not shown as they come; 0 on a CPU."""
+    """Decode steps to queue ahead if tokens are not shown one by one; 0 on a CPU."""
     return LOOKAHEAD if device.type == "cuda" else 0
 
 
@@ -72,7 +72,7 @@ def decode_steps(
     model: Model, graphs: DecodeGraphPool | None, cache: KVCache | LayeredKVCache, steps: int
 ) -> Iterator[Callable[[Tensor], Tensor]]:
     """A function from token ids [B] to the logits [B, vocab] after them, for `steps` calls."""
-    # Caches with rows per group of layers are for comparison only, and not copied to a graph.
+    # A `LayeredKVCache` only serves comparisons, and is not copied to a graph.
     if graphs is not None and isinstance(cache, KVCache):
         with graphs.acquire(cache, steps) as graph:
             yield graph
@@ -89,7 +89,7 @@ def decode_steps(
 
 
 def decode_rope(model: Model, next_position: Tensor, steps: int) -> Rope:
-    """Tables [steps, B, 1, D]: an answer advances on all three axes together."""
+    """Tables [steps, B, 1, D]; the tokens of an answer advance on all three axes together."""
     positions = next_position + torch.arange(steps, device=model.device)[:, None]
     rope = mrope(positions.flatten().expand(3, -1), model.text)
     shape = (steps, len(next_position), 1, -1)

@@ -1,9 +1,9 @@
-"""What a prefill and an answer hold: stages by name, budgets, and costs."""
+"""Results of a prefill and of an answer, with their budgets and costs."""
 
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,12 @@ except ImportError:  # Windows
 
 @dataclass(frozen=True)
 class Budgets:
-    """What a method spends, as shares of the unpruned prompt's visual tokens N.
+    """The budgets of a method, as shares of the N visual tokens of the unpruned prompt.
 
     Attributes:
         input_ratio: visual tokens that enter the decoder, over N.
-        prefill_ratio: visual tokens in a layer's prefill, mean over layers, over N.
-        decode_kv_ratio: visual rows that a layer's cache holds for decoding, mean over layers, over
+        prefill_ratio: visual tokens in the prefill of a layer, mean over layers, over N.
+        decode_kv_ratio: visual rows in the cache of a layer while decoding, mean over layers, over
             N (the paper's retention rate, Sec. 5.1).
     """
 
@@ -46,14 +46,14 @@ class Budgets:
 
 
 class Clock:
-    """Time between named moments, on a GPU by events that do not wait for it."""
+    """Measures named stages, on a GPU by events that do not synchronise."""
 
     def __init__(self, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
         self.marks = [("", self._now())]
 
     def lap(self, name: str) -> None:
-        """Ends the stage `name`, which began with the last lap."""
+        """Ends the stage `name`, which began at the previous lap."""
         self.marks.append((name, self._now()))
 
     def _now(self) -> Any:
@@ -64,7 +64,7 @@ class Clock:
         return event
 
     def milliseconds(self) -> dict[str, float]:
-        """Milliseconds of each stage, in order; laps of one name are added up."""
+        """Milliseconds of each stage, in order; laps of the same name are added up."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
         spent: dict[str, float] = {}
@@ -76,25 +76,25 @@ class Clock:
 
 @dataclass
 class Prefill:
-    """A prompt, or several packed, ready to be answered.
+    """A prompt, or several packed prompts, ready to be answered.
 
-    T' rows survive of T, of which N were visual tokens; B prompts.
+    T rows, of which N are visual tokens, belong to B prompts; T' of them survive.
 
     Attributes:
         pruning: method and rule.
-        visual: [N, C], visual tokens as the vision encoder made them.
+        visual: [N, C], output of the vision encoder.
         taps: [M, N, Cv], features of the tapped blocks; M is 0 without glimpse weights.
         glimpse_logits: [N, HQ], raw attention of the glimpse row; None if dense.
         importance: [N], logits of the predictor, before the sigmoid; None if dense.
-        kept: bool [N].
+        kept: bool [N], the visual tokens that survive.
         positions: int64 [3, T'], M-RoPE ids of the surviving rows, unchanged.
         hidden: [T, C] after layer K, before the gather; None unless traced.
         logits: [vocab] of the last row; [B, vocab] for several prompts.
-        cache: all layers, T' rows.
-        processed: [L][B], visual tokens of each prompt in each layer's prefill.
-        cached: [L][B], those that its cache holds.
-        batch: the prompts as they were packed, before pruning.
-        clock: of the stages.
+        cache: keys and values of the T' rows in all layers.
+        processed: [L][B], visual tokens of each prompt in the prefill of each layer.
+        cached: [L][B], visual tokens of each prompt in the cache of each layer.
+        batch: the packed prompts, before pruning.
+        clock: measures the stages.
     """
 
     pruning: ResolvedPruning
@@ -128,12 +128,12 @@ class Prefill:
 
     @property
     def budgets(self) -> Budgets:
-        """Of all prompts together."""
+        """Budgets of all prompts together."""
         processed, cached = ([sum(layer) for layer in p] for p in (self.processed, self.cached))
         return Budgets.of(processed, cached, len(self.visual))
 
     def budgets_of(self, prompt: int) -> Budgets:
-        """Of one of the prompts."""
+        """Budgets of one prompt."""
         processed, cached = ([row[prompt] for row in p] for p in (self.processed, self.cached))
         return Budgets.of(processed, cached, self.batch.visual_counts[prompt])
 
@@ -142,22 +142,48 @@ class Prefill:
         self.cache = self.cache.restored(self._snapshot, headroom)
         return self.cache
 
+    def answer(self, prompt: int, rows: int, preprocess: float) -> "Answer":
+        """The answer to one prompt before its first token, independent of the other prompts.
+
+        Args:
+            prompt: number of the prompt.
+            rows: rows of the prompt in the cache after the prefill, summed over layers.
+            preprocess: milliseconds spent on building the prompt.
+        """
+        batch, importance = self.batch, self.importance
+        kept = self.kept.split(batch.visual_counts)[prompt].clone()
+        if importance is not None and len(batch.counts) > 1:
+            importance = importance.split(batch.visual_counts)[prompt].clone()
+        unpruned = len(self.processed) * batch.counts[prompt]
+        row_bytes = self.cache.nbytes // self.cache.num_rows
+        stats = Stats(
+            method=self.method,
+            prompt_tokens=batch.counts[prompt],
+            visual_tokens=batch.visual_counts[prompt],
+            kept_tokens=int(kept.sum()),
+            budgets=self.budgets_of(prompt),
+            kv_rows=(unpruned, rows),
+            kv_bytes=(unpruned * row_bytes, rows * row_bytes),
+            timings={"preprocess": preprocess} | self.timings,
+        )
+        return Answer("", [], "stopped", kept, importance, batch.grids[prompt], stats)
+
 
 @dataclass(frozen=True)
 class Stats:
-    """What an answer cost.
+    """The cost of an answer.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         prompt_tokens: T, before pruning.
         visual_tokens: N.
         kept_tokens: visual tokens that survive.
-        budgets: see there.
-        kv_rows, kv_bytes: of all layers, as (without pruning, with).
+        budgets: budgets of the method.
+        kv_rows, kv_bytes: size of the cache over all layers, as (without pruning, with pruning).
         timings: milliseconds of each stage up to the first token, in order.
-        first_token: milliseconds to the first token, all of them.
-        decode: milliseconds a token, mean over the tokens after the first.
-        peak_bytes: largest memory in use so far; of the device on a GPU, else of the process.
+        first_token: milliseconds up to the first token.
+        decode: milliseconds per token, mean over the tokens after the first.
+        peak_bytes: peak memory so far, of the device on a GPU and of the process elsewhere.
     """
 
     method: str
@@ -168,9 +194,9 @@ class Stats:
     kv_rows: tuple[int, int]
     kv_bytes: tuple[int, int]
     timings: dict[str, float]
-    first_token: float
-    decode: float
-    peak_bytes: int
+    first_token: float = 0.0
+    decode: float = 0.0
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,12 +204,12 @@ class Answer:
     """The answer to a question.
 
     Attributes:
-        text: without control tokens.
-        token_ids: as generated; the last one ends the answer if `finish_reason` is "eos".
+        text: the text, without control tokens.
+        token_ids: the generated tokens; the last one ends the answer if `finish_reason` is "eos".
         finish_reason: "eos", "length", or "stopped" if the caller stopped iterating.
         kept: bool [N], the visual tokens that survive.
-        importance: [N], the predictor's logits; None if dense.
-        grids: (t, h, w) in patches of the pictures that the N tokens make up.
+        importance: [N], logits of the predictor; None if dense.
+        grids: (t, h, w) in patches of the pictures with the N visual tokens.
         stats: costs.
     """
 
@@ -195,9 +221,17 @@ class Answer:
     grids: tuple[Grid, ...]
     stats: Stats
 
+    def finished(
+        self, text: str, token_ids: list[int], reason: str, first_token: float, decode: float
+    ) -> "Answer":
+        """This answer with its tokens, and with the costs that are known at its end."""
+        peak = peak_bytes(self.kept.device)
+        stats = replace(self.stats, first_token=first_token, decode=decode, peak_bytes=peak)
+        return replace(self, text=text, token_ids=token_ids, finish_reason=reason, stats=stats)
+
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory in use so far: of the GPU's allocator, else of the process; 0 if unknown."""
+    """Peak memory so far, of the GPU's allocator or else of the process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:

@@ -1,14 +1,17 @@
-"""A picture of what was kept: for every image the kept cells beside the importance of all cells.
+"""Pictures of what a method kept: the kept cells of each image, and the importance of all cells.
 
-A video is a contact sheet, a panel for each pair of frames, or an animation.
+A video becomes a contact sheet, with panels for each pair of frames, or an animation.
 """
 
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -20,39 +23,34 @@ from nanoglimpse.inputs.video import Video, Visual
 
 PANEL, TITLE, MARGIN, LINE, BAR = 480, 200, 16, 20, 14
 INK, PAPER, DIM = (32, 32, 36), (255, 255, 255), 0.3
-# Formats that move, and how long an image is shown there, in milliseconds.
+# Animated formats by file suffix, and the milliseconds for which an animation shows an image.
 ANIMATED, STILL = {".gif": "GIF", ".webp": "WEBP"}, 2000
-# From "not needed" to "needed": dark blue, violet, red, orange, pale yellow.
+# The colour scale from probability 0 to 1: dark blue, violet, red, orange, pale yellow.
 STOPS = ((13, 8, 80), (126, 3, 168), (204, 71, 120), (248, 149, 64), (252, 253, 191))
 
 
 def save_overlay(
     path: Path, images: Sequence[Visual], question: str, answer: Answer, config: Config
 ) -> None:
-    """Writes the overlay as PNG, or as an animation to a .gif or .webp, whole or not at all.
+    """Writes the overlay, as an animation if `path` ends in .gif or .webp and as PNG otherwise.
+
+    The file is written completely or not at all.
 
     Args:
-        path: where to.
-        images: the pictures and videos that were asked about.
-        question: what was asked.
-        answer: the answer, with kept tokens and importance.
-        config: of the model.
+        path: the file to write.
+        images: the pictures and videos of the prompt.
+        question: the question about them.
+        answer: the answer, with the kept tokens and their importance.
+        config: configuration of the model.
 
     Raises:
         NanoglimpseError: the file cannot be written.
     """
     data = io.BytesIO()
     shown = images, question, answer, config
-    if path.suffix.lower() in ANIMATED:
-        first, *others = sheets = draw_animation(*shown)
-        first.save(
-            data,
-            ANIMATED[path.suffix.lower()],
-            save_all=True,
-            append_images=others,
-            duration=[sheet.info["duration"] for sheet in sheets],
-            loop=0,
-        )
+    if kind := ANIMATED.get(path.suffix.lower()):
+        (first, *others), durations = draw_animation(*shown)
+        first.save(data, kind, save_all=True, append_images=others, duration=durations, loop=0)
     else:
         draw_overlay(*shown).save(data, "PNG")
     write_whole(path, data.getvalue())
@@ -61,68 +59,70 @@ def save_overlay(
 def draw_overlay(
     images: Sequence[Visual], question: str, answer: Answer, config: Config
 ) -> Image.Image:
-    """Panels one below the other, question and answer beneath; arguments as `save_overlay`."""
+    """Rows of panels with the question and the answer below; arguments as `save_overlay`."""
     rows = []
     for visual, stills in zip(images, _stills(images, answer, config), strict=True):
         if isinstance(visual, Video):
-            panels = [_panels(*still.cells, PANEL // 2, f"{still.at:.1f} s: ") for still in stills]
+            panels = [_panels(still, PANEL // 2, f"{still.seconds:.1f} s: ") for still in stills]
             rows += [_beside(panels[i : i + 2]) for i in range(0, len(panels), 2)]
         else:
-            rows += [_panels(*still.cells) for still in stills]
+            rows += [_panels(still) for still in stills]
     width = max([row.width for row in rows], default=2 * PANEL)
     return _stack([*rows, _caption(question, answer, width)])
 
 
 def draw_animation(
     images: Sequence[Visual], question: str, answer: Answer, config: Config
-) -> list[Image.Image]:
-    """Sheets of one size, each with its `info["duration"]` in ms; arguments as `save_overlay`."""
-    stacks: list[list[Image.Image]] = []
-    durations = []
+) -> tuple[list[Image.Image], list[int]]:
+    """Sheets of one size, and the milliseconds to show each; arguments as `save_overlay`."""
+    sheets, durations = [], []
     for stills in _stills(images, answer, config):
         for still in stills:
-            panels = _panels(*still.cells, label=f"{still.at:.1f} s: " if len(stills) > 1 else "")
-            stacks.append([panels, _caption(question, answer, panels.width)])
+            panels = _panels(still, label=f"{still.seconds:.1f} s: " if len(stills) > 1 else "")
+            sheets.append(_stack([panels, _caption(question, answer, panels.width)]))
             durations.append(still.milliseconds)
-    sheets = [_stack(stack) for stack in stacks] or [draw_overlay([], question, answer, config)]
+    if not sheets:
+        return [draw_overlay([], question, answer, config)], [STILL]
     size = (max(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets))
-    whole = [ImageOps.pad(sheet, size, color=PAPER, centering=(0, 0)) for sheet in sheets]
-    for sheet, duration in zip(whole, durations or [STILL], strict=True):
-        sheet.info["duration"] = duration
-    return whole
+    return [ImageOps.pad(s, size, color=PAPER, centering=(0, 0)) for s in sheets], durations
 
 
-@dataclass(frozen=True)
-class Still:
-    """An image, or the first of a pair of frames, and what was kept of it.
+class Still(NamedTuple):
+    """An image, or the first frame of a pair, and what was kept of it.
 
     Attributes:
-        cells: picture, (rows, columns), kept [N], and probabilities [N] where there are any.
-        at: second of the clip.
-        milliseconds: that it is shown.
+        picture: the image.
+        kept: bool [rows, columns], the cells whose visual tokens were kept.
+        scores: probabilities [rows, columns] of the cells; None if the method gives none.
+        seconds: position in the clip.
+        milliseconds: for how long an animation shows it.
     """
 
-    cells: tuple[Image.Image, tuple[int, int], Tensor, Tensor | None]
-    at: float
+    picture: Image.Image
+    kept: Tensor
+    scores: Tensor | None
+    seconds: float
     milliseconds: int
 
 
 def _stills(images: Sequence[Visual], answer: Answer, config: Config) -> Iterator[list[Still]]:
     """The stills of each picture or video."""
     merge, first = config.vision_config.spatial_merge_size, 0
-    for visual, grid in zip(images, answer.grids, strict=True):
-        size, seconds = (grid[1] // merge, grid[2] // merge), STILL / 1000
+    for visual, (_, height, width) in zip(images, answer.grids, strict=True):
+        shape, interval = (height // merge, width // merge), STILL / 1000
         if isinstance(visual, Video):
             frames, rate = visual.frames(lambda frame, _: ImageOps.contain(frame, (PANEL, PANEL)))
-            pictures, seconds = frames[::2], 2 / rate
+            pictures, interval = frames[::2], 2 / rate
         else:
             pictures = [load_picture(visual)]
         stills = []
         for number, picture in enumerate(pictures):
-            own = slice(first, first + size[0] * size[1])
-            scores = None if answer.importance is None else answer.importance[own].float().sigmoid()
-            cells = (picture, size, answer.kept[own], scores)
-            stills.append(Still(cells, number * seconds, round(1000 * seconds)))
+            own = slice(first, first + math.prod(shape))
+            kept, scores = answer.kept[own].view(shape), None
+            if answer.importance is not None:
+                scores = answer.importance[own].float().sigmoid().view(shape)
+            place = (number * interval, round(1000 * interval))
+            stills.append(Still(picture, kept, scores, *place))
             first = own.stop
         yield stills
 
@@ -147,55 +147,42 @@ def _stack(rows: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _panels(
-    picture: Image.Image,
-    size: tuple[int, int],
-    kept: Tensor,
-    scores: Tensor | None,
-    panel: int = PANEL,
-    label: str = "",
-) -> Image.Image:
-    """Kept cells of one picture, and beside them the importance where there is one."""
-    rows, columns = size
-    cell = max(4, panel // max(rows, columns))
-    picture = picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
-    left = Image.composite(
-        picture,
-        Image.blend(
-            Image.new("RGB", picture.size, PAPER), picture.convert("L").convert("RGB"), DIM
-        ),
-        _cells(255 * kept.int(), size, cell),
-    )
-    _outline(left, kept.view(size), cell)
-    titles = [f"{label}kept {int(kept.sum())} of {len(kept)} visual tokens"]
-    panels = [left]
-    if scores is not None:
-        heat = _cells((255 * scores).round().int(), size, cell)
-        panels.append(Image.blend(picture.convert("L").convert("RGB"), _colours(heat), 0.65))
-        titles.append("importance")
-    step = max(picture.width, TITLE) + MARGIN
-    bar = 0 if scores is None else BAR + 2 * MARGIN
-    width = max(step * len(panels) + bar, panel)
-    height = max(picture.height, 3 * LINE)
+def _panels(still: Still, size: int = PANEL, label: str = "") -> Image.Image:
+    """The kept cells of a still beside their importance, if there is any."""
+    rows, columns = still.kept.shape
+    cell = max(4, size // max(rows, columns))
+    picture = still.picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    grey = picture.convert("L").convert("RGB")
+    faded = Image.blend(Image.new("RGB", picture.size, PAPER), grey, DIM)
+    shown = Image.composite(picture, faded, _cells(255 * still.kept.int(), cell))
+    _outline(shown, still.kept, cell)
+    panels = {f"{label}kept {int(still.kept.sum())} of {rows * columns} visual tokens": shown}
+    bar = 0
+    if still.scores is not None:
+        heat = _colours(_cells((255 * still.scores).round().int(), cell))
+        panels["importance"] = Image.blend(grey, heat, 0.65)
+        bar = BAR + 2 * MARGIN
+    step, height = max(picture.width, TITLE) + MARGIN, max(picture.height, 3 * LINE)
+    width = max(step * len(panels) + bar, size)
     sheet = Image.new("RGB", (width, height + LINE + 4), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, (shown, title) in enumerate(zip(panels, titles, strict=True)):
+    for number, (title, panel) in enumerate(panels.items()):
         draw.text((number * step, 0), title, INK, font=_font(14))
-        sheet.paste(shown, (number * step, LINE + 4))
-    if scores is not None:
+        sheet.paste(panel, (number * step, LINE + 4))
+    if bar:
         _scale(sheet, step + picture.width + MARGIN, LINE + 4, height)
     return sheet
 
 
-def _cells(values: Tensor, size: tuple[int, int], cell: int) -> Image.Image:
-    """Values 0…255 of the cells of a grid as a grey image, every cell a square."""
-    rows, columns = size
-    image = Image.frombytes("L", (columns, rows), bytes(values.tolist()))
+def _cells(values: Tensor, cell: int) -> Image.Image:
+    """Values from 0 to 255 [rows, columns] as a grey image of squares with side `cell`."""
+    rows, columns = values.shape
+    image = Image.frombytes("L", (columns, rows), bytes(values.flatten().tolist()))
     return image.resize((columns * cell, rows * cell), Image.Resampling.NEAREST)
 
 
 def _outline(image: Image.Image, kept: Tensor, cell: int) -> None:
-    """Lines where kept and dropped cells meet."""
+    """Draws a line around the kept cells."""
     draw = ImageDraw.Draw(image)
     rows, columns = kept.shape
     for row, column in kept.nonzero().tolist():
@@ -212,18 +199,13 @@ def _outline(image: Image.Image, kept: Tensor, cell: int) -> None:
 
 def _colours(grey: Image.Image) -> Image.Image:
     """A grey image in the colours of STOPS."""
-    steps = len(STOPS) - 1
-    table: list[list[int]] = [[], [], []]
-    for value in range(256):
-        place = value / 255 * steps
-        index = min(int(place), steps - 1)
-        for channel, (low, high) in enumerate(zip(STOPS[index], STOPS[index + 1], strict=True)):
-            table[channel].append(round(low + (high - low) * (place - index)))
-    return Image.merge("RGB", [grey.point(channel) for channel in table])
+    stops = torch.tensor(STOPS, dtype=torch.float64).T[None]
+    channels = F.interpolate(stops, 256, mode="linear", align_corners=True)[0].round().int()
+    return Image.merge("RGB", [grey.point(channel) for channel in channels.tolist()])
 
 
 def _scale(sheet: Image.Image, x: int, y: int, height: int) -> None:
-    """The colours' meaning: probability of being needed, 0 below, 1 above."""
+    """Draws the colour scale, from 0 at the bottom to 1 at the top."""
     ramp = Image.linear_gradient("L").transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     sheet.paste(_colours(ramp.resize((BAR, height))), (x, y))
     draw = ImageDraw.Draw(sheet)
@@ -234,11 +216,9 @@ def _scale(sheet: Image.Image, x: int, y: int, height: int) -> None:
 def _caption(question: str, answer: Answer, width: int) -> Image.Image:
     lines = []
     for mark, text in (("Q  ", question), ("A  ", answer.text)):
-        wrapped = [
-            line
-            for paragraph in text.splitlines() or [""]
-            for line in textwrap.wrap(paragraph, max(16, width // 9)) or [""]
-        ]
+        wrapped: list[str] = []
+        for paragraph in text.splitlines() or [""]:
+            wrapped += textwrap.wrap(paragraph, max(16, width // 9)) or [""]
         lines += [mark + wrapped[0], *("    " + line for line in wrapped[1:])]
     sheet = Image.new("RGB", (width, LINE * len(lines)), PAPER)
     draw = ImageDraw.Draw(sheet)

@@ -1,12 +1,12 @@
-"""The rows that several prompts begin with, run once through the layers that no question changes.
+"""The rows with which several prompts begin, run once through the layers that all of them share.
 
-Attention is causal, so rows do not depend on what follows them, until a method drops some of them
-for the sake of a question. A prefix therefore runs up to the method's first pruning layer inside
-the decoder, or through all layers without one.
+Attention is causal: rows do not depend on later ones, until a method drops rows because of a
+question. A prefix therefore runs up to the first layer inside the decoder after which the method
+prunes, or through all layers if there is none.
 
-It is one sequence of P rows at the beginning of a cache with free rows after it. A prompt's own
-rows use these until its survivors have been gathered into another cache; the next prompt overwrites
-them. Nothing has to be undone, whatever becomes of the prompt.
+It is one sequence of P rows at the start of a cache with free rows behind it. The rows of a prompt
+use the free rows until the survivors have been gathered into another cache, and the next prompt
+overwrites them. Nothing has to be undone, whatever happens to the prompt.
 """
 
 from dataclasses import dataclass, replace
@@ -29,12 +29,12 @@ HEADROOM = 256
 
 @dataclass(frozen=True)
 class SharedLayers:
-    """The layers that a prefix runs through.
+    """The layers through which a prefix runs.
 
     Attributes:
-        stop: the method's first pruning layer inside the decoder; None without one.
-        captured: layers whose input the method may read.
-        depth: layers of the decoder.
+        stop: the first pruning layer of the method inside the decoder; None without one.
+        captured: layers whose inputs the method may read.
+        depth: number of layers of the decoder.
     """
 
     stop: int | None
@@ -43,7 +43,7 @@ class SharedLayers:
 
     @classmethod
     def of(cls, pruning: ResolvedPruning, depth: int) -> "SharedLayers":
-        """Those that no question changes."""
+        """The layers whose output does not depend on the question."""
         stop = next((layer for layer in pruning.layers if layer), None)
         needed = pruning.needs.attention
         captured = tuple(layer for layer in needed if stop and layer < stop)
@@ -51,7 +51,7 @@ class SharedLayers:
 
     @property
     def layers(self) -> range:
-        """The layers. Without a stop, the last one only writes, since only prompts end there."""
+        """The layers. Without a stop, the last one only writes keys and values."""
         return range(self.depth if self.stop is None else self.stop)
 
 
@@ -63,11 +63,11 @@ class Prefix:
         shared: the layers.
         batch: the rows, without those dropped before the decoder.
         kept: bool [N], the visual tokens that a decision before the decoder has kept.
-        stage: decisions that have been made, 0 or 1.
-        importance: [N], of that decision.
-        cache: of the shared layers; P rows are the prefix, those after them are scratch.
+        stage: number of decisions so far, 0 or 1.
+        importance: [N], importance of that decision.
+        cache: cache of the shared layers; P rows are the prefix, and later ones are scratch.
         hidden: [P, C], output of the shared layers; [0, C] without a stop.
-        inputs: of each captured layer, [P, C].
+        inputs: [P, C] for each captured layer.
     """
 
     shared: SharedLayers
@@ -90,7 +90,7 @@ class Prefix:
         stage: int,
         importance: Tensor | None,
     ) -> "Prefix":
-        """Runs rows [P, C] of `batch`, which have run through no layer."""
+        """Runs the rows `hidden` [P, C] of `batch` through the shared layers."""
         none, capacity = hidden[:0], [len(batch.token_ids) + HEADROOM]
         cache = KVCache(model.text, shared.layers, capacity, batch.next_position, hidden, model.ops)
         empty = replace(batch, token_ids=batch.token_ids[:0])
@@ -100,7 +100,7 @@ class Prefix:
 
     @property
     def num_rows(self) -> int:
-        """P."""
+        """P, the number of rows."""
         return len(self.batch.token_ids)
 
     @property
@@ -113,12 +113,12 @@ class Prefix:
         """A longer prefix in the same cache; only one of the two can be used afterwards.
 
         Args:
-            model: runs the new rows.
-            batch: all rows, these first.
-            kept: bool, of all their visual tokens.
+            model: model that runs the new rows.
+            batch: all rows, those of this prefix first.
+            kept: bool, for all visual tokens of the batch.
             hidden: [S, C], the new rows.
         """
-        cache, shared, cached = self.writable(batch.next_position, len(hidden)), self.shared, 0
+        cache, shared = self.writable(batch.next_position, len(hidden)), self.shared
         cached, device = self.num_rows, hidden.device
         kv, queries = cache.reserve([len(hidden)]), None
         if cached:
@@ -144,9 +144,9 @@ class Prefix:
         )
 
     def writable(self, next_position: Tensor, headroom: int) -> KVCache:
-        """The cache with P rows in use and at least `headroom` free ones, to be overwritten.
+        """The cache with P rows in use and at least `headroom` free ones.
 
-        Where there are fewer it is copied, with free rows for the next prompts as well.
+        A cache with fewer free rows is copied, with some for the next prompts as well.
         """
         free = self.cache.capacity[0] - self.num_rows
         snapshot = ([self.num_rows], next_position)

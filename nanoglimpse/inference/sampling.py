@@ -15,11 +15,11 @@ class Sampling:
     """How the next token is chosen; greedy by default.
 
     Attributes:
-        temperature: 0 takes the most likely token; above 0 tokens are drawn.
-        top_p: draw from the smallest set of tokens that holds this probability.
-        top_k: draw from the k most likely tokens; 0 for all.
-        repetition_penalty: divides (or multiplies, if negative) the logits of tokens seen before.
-        seed: makes draws repeatable, for each sequence of a batch as for that sequence alone.
+        temperature: sampling temperature; 0 always takes the most likely token.
+        top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from the k most likely tokens; 0 for all.
+        repetition_penalty: divides the logits of tokens seen before, or multiplies negative ones.
+        seed: makes sampling repeatable, with the same result in a batch as alone.
     """
 
     temperature: float = 0.0
@@ -40,7 +40,7 @@ class Sampling:
 
 
 class Sampler:
-    """Draws the tokens of B sequences, remembering what a penalty needs."""
+    """Chooses the tokens of B sequences, and records them for a repetition penalty."""
 
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Tensor], vocab: int, device: torch.device
@@ -68,13 +68,13 @@ class Sampler:
         return tokens
 
     def keep(self, stay: Sequence[int]) -> None:
-        """Goes on with some of the sequences, by number."""
+        """Keeps only some of the sequences, by number."""
         self.generators = [self.generators[i] for i in stay]
         if self.seen is not None:
             self.seen = self.seen[upload(torch.tensor(stay), self.seen.device)]
 
     def join(self, other: "Sampler") -> None:
-        """Takes another's sequences in, behind its own."""
+        """Appends the sequences of another sampler."""
         self.generators += other.generators
         if self.seen is not None and other.seen is not None:
             self.seen = torch.cat((self.seen, other.seen))
@@ -84,11 +84,11 @@ class Sampler:
         if self.sampling.top_k:
             ranked[:, self.sampling.top_k :] = -torch.inf
         probabilities = ranked.softmax(-1)
-        # A token stays if those before it do not hold top_p yet, so the first always stays.
+        # A token stays if those before it do not reach top_p, so that the first always stays.
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
-        # The first arrival of a race with these rates: as torch.multinomial draws, which waits for
-        # the device to check its input.
+        # As torch.multinomial samples, but without its check of the input, which synchronises: the
+        # first arrival among exponential variables with these rates.
         arrivals = torch.stack(
             [
                 torch.empty_like(row).exponential_(generator=generator)

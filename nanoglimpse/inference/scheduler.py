@@ -1,23 +1,23 @@
 """Many questions at once: continuous batching over one contiguous cache.
 
-Prompts of any lengths are prefilled in packed chunks, each pruned to its own length, and answered
-in step. A sequence owns one span of neighbouring cache rows, so nothing is paged; when it ends, its
-rows pass to waiting prompts. One number bounds the memory, the rows that are prefilled at a time
-and the rows that the cache holds; a prompt counts as its tokens and the tokens that its answer may
-have. Prompts that wait for rows have been prefilled and pruned, and are at most one chunk.
+Prompts of any lengths are prefilled in packed chunks, each is pruned to its own length, and all are
+decoded in step. A sequence owns one span of adjacent cache rows, so that nothing is paged; when it
+ends, its rows are given to waiting prompts. One number limits both the rows of a prefill and the
+rows of the cache, where a prompt counts as its tokens and the maximum of its answer. Prompts that
+wait for rows have been prefilled and pruned; they are at most one chunk.
 """
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inference.decode import decode_rope
-from nanoglimpse.inference.outputs import Answer, Prefill, Stats, peak_bytes
+from nanoglimpse.inference.outputs import Answer, Prefill
 from nanoglimpse.inference.sampling import Sampler, Sampling
 from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
@@ -40,14 +40,14 @@ class BatchOptions(AskOptions, total=False):
 
 @dataclass
 class Reply:
-    """One answer in the making.
+    """An unfinished answer.
 
     Attributes:
-        index: of the question.
-        begun: when its pictures were opened.
-        answer: without text yet.
-        token_ids: generated so far.
-        moments: when the first token was chosen, and the last one so far.
+        index: number of the question.
+        begun: time at which its pictures were opened.
+        answer: the answer without tokens.
+        token_ids: tokens generated so far.
+        moments: times of the first token and of the latest one.
     """
 
     index: int
@@ -61,30 +61,17 @@ class Reply:
         self.token_ids.append(token)
         self.moments = [*self.moments[:1], time.perf_counter()]
 
-    def finished(self, text: str, reason: str, peak: int) -> Answer:
-        """The answer and its costs."""
-        first, last, later = self.moments[0], self.moments[-1], len(self.token_ids) - 1
-        stats = replace(
-            self.answer.stats,
-            first_token=1000 * (first - self.begun),
-            decode=1000 * (last - first) / later if later else 0.0,
-            peak_bytes=peak,
-        )
-        return replace(
-            self.answer, text=text, token_ids=self.token_ids, finish_reason=reason, stats=stats
-        )
-
 
 @dataclass(frozen=True)
 class Prefilled:
     """A prompt that has been prefilled and pruned, and waits for rows.
 
     Attributes:
-        reply: its answer in the making.
+        reply: its answer.
         prompt: int64 [T], its tokens.
-        logits: [1, vocab], of its first new token.
-        caches: of its chunk, one for each group of layers with the same rows.
-        number: of the sequence there.
+        logits: [1, vocab], the logits of its first new token.
+        caches: caches of its chunk, one for each group of layers with the same rows.
+        number: number of its sequence in these caches.
     """
 
     reply: Reply
@@ -95,13 +82,13 @@ class Prefilled:
 
     @property
     def num_rows(self) -> int:
-        """Rows in the layers that hold most of it."""
+        """Rows in the layers with the most rows."""
         return max(cache.lengths[self.number] for cache in self.caches)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A question whose prompt has been built, or the error instead."""
+    """A question with its prompt, or with the error of building it."""
 
     index: int
     begun: float
@@ -110,10 +97,10 @@ class Pending:
 
 
 class Scheduler:
-    """Answers to many questions, as they finish: iterate over (index, answer or error).
+    """Answers many questions; iterating gives (index, answer or error) as they finish.
 
     Args:
-        model, processor: of the engine.
+        model, processor: model and processor of the engine.
         prompt: builds a prompt from pictures and a question.
         prefill: runs prompts, with room for one token each.
         queries, max_batch_tokens, max_new_tokens, ignore_eos, sampling: as `Engine.answers`.
@@ -158,7 +145,7 @@ class Scheduler:
             yield from self._step()
 
     def _prefill_chunk(self) -> Iterator[tuple[int, NanoglimpseError]]:
-        """Prefills the next chunk; errors are reported at once."""
+        """Prefills the next chunk; gives the errors of its questions."""
         chunk: list[tuple[Pending, Prompt]] = []
         cost = 0
         while pending := self._next():
@@ -186,7 +173,7 @@ class Scheduler:
                 self.model.check_context([len(prompt)], self.headroom)
             except NanoglimpseError as error:
                 prompt = error
-            # Whatever a picture's bytes do to Pillow, the other questions are to be answered.
+            # Any error that Pillow raises for a picture must not stop the other questions.
             except Exception as error:
                 prompt = NanoglimpseError(f"{type(error).__name__}: {error}")
                 prompt.__cause__ = error
@@ -195,7 +182,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def _admit(self) -> None:
-        """Gives rows to waiting prompts, as far as there are any."""
+        """Gives rows to waiting prompts, as long as there are free ones."""
         admitted = []
         while self.waiting and self._fits(self.waiting[0]):
             prefilled = self.waiting.popleft()
@@ -218,19 +205,19 @@ class Scheduler:
         return Sampler(self.sampling, prompts, self.model.text.vocab_size, self.model.device)
 
     def _fits(self, prefilled: Prefilled) -> bool:
-        """Whether its rows are free; while no answer runs, a pool is made that has them."""
+        """Whether there are rows for a prompt; makes a larger pool if no answer is running."""
         rows = prefilled.num_rows + self.headroom
         if self.pools and all(pool.gap(rows) is not None for pool in self.pools):
             return True
         if self.running:
             return False
-        self.pools = []  # frees their memory first
+        self.pools = []  # frees the memory of the old ones first
         self.pools = [KVPool(max(self.limit, rows), cache) for cache in prefilled.caches]
         return True
 
     @torch.inference_mode()
     def _step(self) -> list[tuple[int, Answer]]:
-        """One token for every running answer; those that end are returned."""
+        """Generates one token for each running answer; returns the answers that end."""
         tokens, running = self.sampler(self.logits), self.running
         for reply, token in zip(running, tokens.tolist(), strict=True):
             reply.push(token)
@@ -248,8 +235,14 @@ class Scheduler:
         return [(reply.index, self._finished(reply, str(reason))) for reply, reason in ended]
 
     def _finished(self, reply: Reply, reason: str) -> Answer:
-        text = self.processor.decode(reply.token_ids)
-        return reply.finished(text, reason, peak_bytes(self.model.device))
+        first, last, later = reply.moments[0], reply.moments[-1], len(reply.token_ids) - 1
+        return reply.answer.finished(
+            self.processor.decode(reply.token_ids),
+            reply.token_ids,
+            reason,
+            first_token=1000 * (first - reply.begun),
+            decode=1000 * (last - first) / later if later else 0.0,
+        )
 
     def _reason(self, reply: Reply) -> str | None:
         full = len(reply.token_ids) == self.headroom
@@ -265,43 +258,12 @@ class Scheduler:
             pool.release(stay)
 
     def _parts(self, chunk: Sequence[Pending], prefill: Prefill) -> Iterator[Prefilled]:
-        """The prompts of a chunk one by one, without what only the chunk needed."""
-        batch, importance = prefill.batch, prefill.importance
+        """The prompts of a chunk one by one."""
         cache = prefill.cache
         caches = cache.caches if isinstance(cache, LayeredKVCache) else [cache]
-        prompts, kept = batch.token_ids.split(batch.counts), prefill.kept.split(batch.visual_counts)
-        scores = importance.split(batch.visual_counts) if importance is not None else None
+        prompts = prefill.batch.token_ids.split(prefill.batch.counts)
         for number, pending in enumerate(chunk):
-            answer = Answer(
-                text="",
-                token_ids=[],
-                finish_reason="stopped",
-                # Copies, so that an answer that is kept does not keep its chunk.
-                kept=kept[number].clone(),
-                importance=None if scores is None else scores[number].clone(),
-                grids=batch.grids[number],
-                stats=_stats(prefill, number, caches, pending.milliseconds),
-            )
+            rows = sum(part.lengths[number] * len(part.layers) for part in caches)
+            answer = prefill.answer(number, rows, pending.milliseconds)
             reply = Reply(pending.index, pending.begun, answer)
-            logits = prefill.logits[number, None]
-            yield Prefilled(reply, prompts[number], logits, caches, number)
-
-
-def _stats(prefill: Prefill, number: int, caches: Sequence[KVCache], preprocess: float) -> Stats:
-    batch, layers = prefill.batch, len(prefill.processed)
-    total = batch.counts[number]
-    held = sum(cache.lengths[number] * len(cache.layers) for cache in caches)
-    row_bytes = prefill.cache.nbytes // prefill.cache.num_rows
-    return Stats(
-        method=prefill.method,
-        prompt_tokens=total,
-        visual_tokens=batch.visual_counts[number],
-        kept_tokens=int(prefill.kept.split(batch.visual_counts)[number].sum()),
-        budgets=prefill.budgets_of(number),
-        kv_rows=(layers * total, held),
-        kv_bytes=(layers * total * row_bytes, held * row_bytes),
-        timings={"preprocess": preprocess} | prefill.timings,
-        first_token=0.0,
-        decode=0.0,
-        peak_bytes=0,
-    )
+            yield Prefilled(reply, prompts[number], prefill.logits[number, None], caches, number)

@@ -1,14 +1,15 @@
 """Sessions: many questions about the same pictures.
 
-Visual tokens stand before the question. The vision encoder and the first layers of the decoder
-therefore run over them once; only the rows of text, and the glimpse after them, run for every
-question, which then chooses among all visual tokens anew. Answers are those of `Engine.ask`.
+Visual tokens precede the question. The vision encoder and the first layers of the decoder therefore
+process them once; for each question only its text and the glimpse run, and the method selects among
+all visual tokens again. Answers are those of `Engine.ask`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from nanoglimpse.inference.prefill import PrefillState
 from nanoglimpse.inference.prefix import Prefix, SharedLayers
 from nanoglimpse.inference.sampling import Sampling
 from nanoglimpse.inference.session_file import SessionData, save_session
-from nanoglimpse.inference.stream import Stream
+from nanoglimpse.inference.stream import AskOptions, Stream, split
 from nanoglimpse.inputs.processor import Processor, as_visuals
 from nanoglimpse.inputs.prompt import PackedBatch, Prompt
 from nanoglimpse.inputs.video import Visual
@@ -30,7 +31,7 @@ from nanoglimpse.model.vision import VisionOutput
 
 
 class QuestionOptions(TypedDict, total=False):
-    """Keywords of `Session.ask` and `chat`."""
+    """Keywords of `Session.stream`, `ask` and `chat`."""
 
     max_new_tokens: int
     ignore_eos: bool
@@ -40,12 +41,12 @@ class QuestionOptions(TypedDict, total=False):
 
 
 class Session:
-    """Pictures that have been encoded, for any number of questions in any order.
+    """Encoded pictures, for any number of questions in any order.
 
-    Sessions of one engine are independent of each other.
+    Sessions of the same engine are independent of each other.
 
     Args:
-        model, processor: of the engine.
+        model, processor: model and processor of the engine.
         prefill: `Engine.prefill_many`.
         decode: `Engine.decode`.
         data: pictures, options and conversation.
@@ -66,12 +67,12 @@ class Session:
 
     @property
     def pruning(self) -> ResolvedPruning:
-        """Method and rule, the same for all questions."""
+        """Method and rule for all questions."""
         return self.data.pruning
 
     @property
     def prompt(self) -> Prompt:
-        """What is shared, up to the end of the last picture, without its patches."""
+        """The shared part of all prompts, up to the last picture, without patches."""
         return self.data.prompt
 
     @property
@@ -86,32 +87,32 @@ class Session:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the session holds: cache, hidden rows, visual tokens and features."""
+        """Bytes of the session: cache, hidden rows, visual tokens and features."""
         own = (self.prompt.token_ids, self.prompt.positions)
         return self.prefix.nbytes + self.vision.nbytes + sum(tensor.nbytes for tensor in own)
 
     @property
     def turns(self) -> list[tuple[str, str]]:
-        """Questions and answers of the conversation; of an unfinished answer what there is."""
+        """Questions and answers of the conversation, including an unfinished answer."""
         if self._open is None:
             return list(self._turns)
         question, stream = self._open
         return [*self._turns, *([(question, stream.text)] if stream.token_ids else [])]
 
     def reset(self) -> None:
-        """Forgets the conversation; the pictures stay."""
+        """Forgets the conversation, and keeps the pictures."""
         self._turns, self._open = [], None
 
     def add(self, images: Visual | Sequence[Visual] | Prompt) -> None:
-        """Adds pictures after the present ones, before the first question of the conversation.
+        """Adds pictures after the existing ones, before the first question of the conversation.
 
-        Only the new ones run, unless the method prunes before the decoder: it then decides again.
+        Only the new pictures run. A method that prunes before the decoder selects again.
 
         Args:
-            images: as `Engine.session`; a prompt continues the present one.
+            images: as `Engine.session`; a prompt continues the existing one.
 
         Raises:
-            UsageError, NanoglimpseError: as `Engine.session`; the session is then as before.
+            UsageError, NanoglimpseError: as `Engine.session`; the session is unchanged.
         """
         data, more = self.data, images
         if not isinstance(more, Prompt):
@@ -120,9 +121,9 @@ class Session:
         self.data = _extended(self.model, data, more)
 
     def tail(self, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
-        """What follows the pictures: earlier turns and the question, in the chat layout."""
+        """The prompt after the pictures: earlier turns and the question, in the chat layout."""
         if not isinstance(question, str):
-            raise UsageError("a session is asked in text; pictures are added with session.add")
+            raise UsageError("a question to a session must be text; add pictures with session.add")
         parts = self.processor.conversation([question], history)
         return self.processor.fill(parts if self.prompt.grids else ["user\n", *parts])
 
@@ -134,19 +135,19 @@ class Session:
         evidence: Tensor | None = None,
         trace: bool = False,
     ) -> Prefill:
-        """Runs what follows the pictures; `logits` is [vocab].
+        """Runs the prompt after the pictures; `logits` is [vocab].
 
         Args:
-            tail: text as `tail` makes it, or its token ids.
-            max_new_tokens, evidence, trace: as `Engine.prefill_many`, for this one prompt.
+            tail: result of the method `tail`, or token ids.
+            max_new_tokens, evidence, trace: as `Engine.prefill_many`, for one prompt.
 
         Raises:
-            UsageError: there are pictures in it, or the prompt exceeds the context.
+            UsageError: the tail contains pictures, or the prompt exceeds the context.
         """
         if not isinstance(tail, Prompt):
             tail = Prompt.from_tokens(tail, config=self.model.config)
         if bool(tail.visual.any()):
-            raise UsageError("a session is asked in text; pictures are added with session.add")
+            raise UsageError("a question to a session must be text; add pictures with session.add")
         prefill = self._prefill(
             [self.prompt.then(tail)],
             self.pruning,
@@ -161,32 +162,25 @@ class Session:
         return prefill
 
     def stream(
-        self,
-        question: str,
-        *,
-        follow_up: bool = False,
-        max_new_tokens: int = 128,
-        ignore_eos: bool = False,
-        sampling: Sampling | None = None,
-        evidence: Tensor | None = None,
-        trace: bool = False,
+        self, question: str, *, follow_up: bool = False, **options: Unpack[QuestionOptions]
     ) -> Stream:
         """The answer to a question, piece by piece.
 
         Args:
             question: text.
-            follow_up: ask it in the conversation, as `chat`, not by itself.
-            max_new_tokens, ignore_eos, sampling: as `Engine.decode`.
-            evidence, trace: as `prefill`.
+            follow_up: whether the question continues the conversation, as in `chat`.
+            options: keywords of `prefill` and `Engine.decode`.
         """
         history = self.turns if follow_up else []
+        prompt, prefill, decode, others = split(cast(AskOptions, options))
+        prefill.update(others)  # which `prefill` refuses, as a session has its own pruning
         stream = Stream(
             self.model,
             self.processor,
-            lambda: self.tail(question, history),
-            partial(self.prefill, max_new_tokens=max_new_tokens, evidence=evidence, trace=trace),
+            partial(self.tail, question, history, **prompt),
+            partial(self.prefill, **prefill),
             self._decode,
-            {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos, "sampling": sampling},
+            decode,
         )
         if follow_up:
             self._turns, self._open = history, (question, stream)
@@ -195,21 +189,21 @@ class Session:
     def ask(
         self, question: str, *, follow_up: bool = False, **options: Unpack[QuestionOptions]
     ) -> Answer:
-        """The answer to a question by itself; arguments as `stream`."""
+        """The answer to a question on its own; arguments as `stream`."""
         return self.stream(question, follow_up=follow_up, **options).finish()
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
-        """The answer to a question after those before it; arguments as `stream`.
+        """The answer to the next question of the conversation; arguments as `stream`.
 
-        Earlier turns are text of the prompt. The visual tokens are chosen anew for each question.
+        Earlier turns are text of the prompt. Visual tokens are selected again for each question.
         """
         return self.ask(question, follow_up=True, **options)
 
     def save(self, path: str | Path) -> None:
-        """Writes the session as one safetensors file, whole or not at all.
+        """Writes the session as one safetensors file, completely or not at all.
 
         Raises:
-            UsageError: its method is not a built-in one.
+            UsageError: the method is not built in.
             NanoglimpseError: the file cannot be written.
         """
         save_session(self.model, replace(self.data, turns=tuple(self.turns)), Path(path))
@@ -226,11 +220,11 @@ def begin(
     min_pixels: int | None,
     max_pixels: int | None,
 ) -> SessionData:
-    """Runs pictures; arguments as `Engine.session`."""
+    """Encodes pictures; arguments as `Engine.session`."""
     if isinstance(images, Prompt):
         prompt = images
     else:
-        # Without pictures the last text before the question is encoded together with it.
+        # Without pictures, the text before the question is encoded together with it.
         opening, pictures = processor.opening(system), as_visuals(images)
         parts = [*opening, *pictures] if pictures else opening[:-1]
         prompt = processor.fill(parts, min_pixels, max_pixels)
@@ -245,13 +239,13 @@ def begin(
 def _run(
     model: Model, pruning: ResolvedPruning, prompt: Prompt, vision: VisionOutput, seed: int
 ) -> Prefix:
-    """The rows of pictures through the shared layers, pruned first if the method does so."""
+    """Runs pictures through the shared layers, after pruning if the method prunes before them."""
     state = _state(model, pruning, prompt, vision, seed)
     if 0 in pruning.layers:
         if pruning.needs.question:
             raise UsageError(
-                f"method {pruning.method.name} looks at the question before the decoder, so that "
-                "nothing of a picture can be kept for the next one; ask without a session"
+                f"method {pruning.method.name} looks at the question before the decoder, so that a "
+                "session has nothing to share between questions; ask without a session"
             )
         state.keep(pruning.method.choose(state.context(state.run_to(0))))
     shared = SharedLayers.of(pruning, model.depth)
@@ -268,7 +262,7 @@ def _state(
 
 @torch.inference_mode()
 def _extended(model: Model, data: SessionData, more: Prompt) -> SessionData:
-    """A session's content with more pictures."""
+    """The state of a session with more pictures."""
     pruning, prefix, needs = data.pruning, data.prefix, data.pruning.needs
     model.check_context([len(data.prompt) + len(more)], 1)
     new = model.encode(more.patches, more.grids, needs.taps, needs.vision_blocks)

@@ -1,7 +1,7 @@
-"""A session's content as one safetensors file, and back.
+"""Saves a session as one safetensors file, and loads it again.
 
-The file holds what the pictures cost: keys and values, hidden rows, visual tokens, features. Its
-metadata name the weights, and hold the conversation so far. The pictures are not in it.
+The file holds what has been computed for the pictures: keys and values, hidden rows, visual tokens,
+features. Its metadata identify the weights and hold the conversation. It contains no pictures.
 """
 
 import json
@@ -28,19 +28,21 @@ from nanoglimpse.model.vision import BlockStats, VisionOutput
 from nanoglimpse.weights.fingerprint import fingerprint
 
 FORMAT = "nanoglimpse session 1"
+# Fields of `SessionData` that the metadata hold as they are.
+OPTIONS = ("seed", "system", "min_pixels", "max_pixels")
 
 
 @dataclass(frozen=True)
 class SessionData:
-    """Everything that a session holds, apart from the model.
+    """The state of a session, without the model.
 
     Attributes:
-        pruning: the same for all questions.
-        prompt: what is shared, up to the end of the last picture, without its patches.
+        pruning: method and rule for all questions.
+        prompt: the shared part of all prompts, up to the last picture, without patches.
         vision: output of the vision encoder for the pictures.
         prefix: the shared rows after the first layers.
-        seed: for methods that draw.
-        system, min_pixels, max_pixels: options of what is still to come.
+        seed: seed of methods that sample.
+        system, min_pixels, max_pixels: options of the prompt, also for pictures that are added.
         turns: questions and answers of the conversation.
     """
 
@@ -56,39 +58,34 @@ class SessionData:
 
 
 def save_session(model: Model, data: SessionData, path: Path) -> None:
-    """Writes a session, whole or not at all.
+    """Writes a session, completely or not at all.
 
     Raises:
-        UsageError: its method is not a built-in one, which a file could name.
+        UsageError: its method is not built in.
         NanoglimpseError: the file cannot be written.
     """
     pruning = data.pruning
     if METHODS.get(pruning.method.name) is not pruning.method:
         raise UsageError(
-            f"a session with method {pruning.method.name} cannot be saved: a file can name the "
-            "built-in methods only"
+            f"a session with method {pruning.method.name} cannot be saved, only sessions with "
+            "built-in methods"
         )
     settings = {
         "method": pruning.method.name,
         "rule": asdict(pruning.rule),
         "kv_drop": pruning.kv_drop,
         "prune_videos": pruning.prune_videos,
-        "seed": data.seed,
-        "system": data.system,
-        "min_pixels": data.min_pixels,
-        "max_pixels": data.max_pixels,
+        **{name: getattr(data, name) for name in OPTIONS},
         "turns": data.turns,
         "grids": data.prompt.grids,
     }
-    metadata = {
-        "format": FORMAT,
-        "model": model.name,
-        "dtype": str(model.dtype)[6:],
-        "weights": fingerprint(model),
-        "told": json.dumps(settings),
-    }
+    metadata = {"format": FORMAT, **_identity(model), "told": json.dumps(settings)}
     tensors = {name: tensor.contiguous() for name, tensor in _tensors(data).items()}
     write_whole(path, save(tensors, metadata))
+
+
+def _identity(model: Model) -> dict[str, str]:
+    return {"model": model.name, "dtype": str(model.dtype)[6:], "weights": fingerprint(model)}
 
 
 def _tensors(data: SessionData) -> dict[str, Tensor]:
@@ -113,38 +110,32 @@ def _tensors(data: SessionData) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def load_session(model: Model, path: Path) -> SessionData:
-    """A session as it was saved, for the same model.
+    """Loads a session, for the same model.
 
     Raises:
-        UsageError: there is no such file, or its method is unknown here.
-        NanoglimpseError: it is not a session, broken, or of another model.
+        UsageError: the file does not exist, or its method is unknown.
+        NanoglimpseError: the file is not a session, corrupt, or of another model.
     """
     metadata, tensors = _read(path)
     _check_model(model, path, metadata)
     try:
         settings = json.loads(metadata["told"])
-        rule = settings["rule"] | {"anchors": tuple(settings["rule"]["anchors"])}
-        pruning = ResolvedPruning.of(
-            model,
-            _method(settings["method"]),
-            SelectionRule(**rule),
-            settings["kv_drop"],
-            bool(settings["prune_videos"]),
-        )
+        rule = SelectionRule(**settings["rule"] | {"anchors": tuple(settings["rule"]["anchors"])})
+        drop = (settings["kv_drop"], bool(settings["prune_videos"]))
+        pruning = ResolvedPruning.of(model, _method(settings["method"]), rule, *drop)
         grids = tuple((int(t), int(h), int(w)) for t, h, w in settings["grids"])
-        options = {key: settings[key] for key in ("seed", "system", "min_pixels", "max_pixels")}
+        options = {name: settings[name] for name in OPTIONS}
         turns = tuple((str(asked), str(answer)) for asked, answer in settings["turns"])
-        return SessionData(
-            pruning, *_restore(model, pruning, grids, tensors), **options, turns=turns
-        )
+        state = _restore(model, pruning, grids, tensors)
+    except UsageError:
+        raise  # a ValueError
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise _broken(path, error) from None
+    return SessionData(pruning, *state, **options, turns=turns)
 
 
 def _method(name: str) -> PruningMethod:
-    # Built-in methods only: a file must not name code to import.
+    # Not `find_method`: a file must not name code to import.
     if name not in METHODS:
         raise UsageError(f"unknown method '{name}'; choose one of {', '.join(METHODS)}")
     return METHODS[name]
@@ -165,20 +156,22 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _broken(path: Path, error: Exception) -> NanoglimpseError:
     reason = str(error).partition("\n")[0]
-    return NanoglimpseError(f"{path} is not a session, or a broken one ({reason}); make it anew")
+    return NanoglimpseError(
+        f"{path} is not a session or is corrupt ({reason}); create the session again"
+    )
 
 
 def _check_model(model: Model, path: Path, metadata: dict[str, str]) -> None:
-    own = {"dtype": str(model.dtype)[6:], "weights": fingerprint(model)}
+    own = _identity(model)
     if metadata.get("dtype") != own["dtype"]:
         raise NanoglimpseError(
-            f"{path} was made in {metadata.get('dtype')}, {model.name} is loaded in "
-            f"{own['dtype']}; load it in the session's (--dtype)"
+            f"{path} was made in {metadata.get('dtype')}, but {model.name} is loaded in "
+            f"{own['dtype']}; load it with the dtype of the session (--dtype)"
         )
     if metadata.get("weights") != own["weights"]:
         raise NanoglimpseError(
             f"{path} was made with other weights ({metadata.get('model')}) than those of "
-            f"{model.name}; load that model with its glimpse weights, or make the session anew"
+            f"{model.name}; load the same model and glimpse weights, or create the session again"
         )
 
 
@@ -191,7 +184,7 @@ def _restore(
     nothing = torch.empty(0, config.vision_config.patch_dim)
     prompt = Prompt(ids, positions, visual_mask(ids, config), nothing, grids)
     shared = SharedLayers.of(pruning, model.depth)
-    _check_shapes(tensors, _shapes(model, pruning, shared, prompt, tensors))
+    _check_shapes(model, pruning, prompt, tensors)
     tensors = {name: tensor.to(model.device) for name, tensor in tensors.items()}
     stats = BlockStats(pruning.needs.vision_blocks)
     for block in stats.blocks:
@@ -207,35 +200,27 @@ def _restore(
     cache.reserve([rows])
     cache.k[:, :rows], cache.v[:, :rows] = k, v
     inputs = {layer: tensors[f"inputs.{layer}"] for layer in shared.captured}
-    stage, importance, hidden = (
-        int(0 in pruning.layers),
-        tensors.get("importance"),
-        tensors["hidden"],
-    )
-    return prompt, vision, Prefix(shared, batch, kept, stage, importance, cache, hidden, inputs)
+    decided = (kept, int(0 in pruning.layers), tensors.get("importance"))
+    prefix = Prefix(shared, batch, *decided, cache, tensors["hidden"], inputs)
+    return prompt, vision, prefix
 
 
 def _check_ids(ids: Tensor, vocab: int) -> None:
     if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
-        raise ValueError("token_ids are not a row of numbers")
+        raise ValueError("token_ids must be a row of int64")
     if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-        raise ValueError(f"token_ids are not all in 0 to {vocab - 1}")
+        raise ValueError(f"token_ids must be in 0 to {vocab - 1}")
 
 
-def _shapes(
-    model: Model,
-    pruning: ResolvedPruning,
-    shared: SharedLayers,
-    prompt: Prompt,
-    tensors: dict[str, Tensor],
-) -> dict[str, list[int]]:
-    """The shapes that a session's tensors must have."""
+def _check_shapes(
+    model: Model, pruning: ResolvedPruning, prompt: Prompt, tensors: dict[str, Tensor]
+) -> None:
     text, vision, needs = model.text, model.config.vision_config, pruning.needs
+    shared, taps = SharedLayers.of(pruning, model.depth), len(needs.taps)
     total, visual = len(prompt), int(prompt.visual.sum())
     rows = total - visual + int(tensors["kept"].sum())
     cached = [len(shared.layers), rows, text.num_key_value_heads, text.head_dim]
-    taps = len(needs.taps)
-    shapes = {
+    expected = {
         "token_ids": [total],
         "positions": [3, total],
         "kept": [visual],
@@ -245,15 +230,12 @@ def _shapes(
         "visual": [visual, text.hidden_size],
         "taps": [taps, visual, vision.hidden_size if taps else 0],
     }
-    shapes |= {f"inputs.{layer}": [rows, text.hidden_size] for layer in shared.captured}
-    shapes |= {f"received.{block}": [visual] for block in needs.vision_blocks}
-    shapes |= {f"keys.{block}": [visual, vision.head_dim] for block in needs.vision_blocks}
-    return shapes | ({"importance": [visual]} if "importance" in tensors else {})
-
-
-def _check_shapes(tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> None:
+    expected |= {f"inputs.{layer}": [rows, text.hidden_size] for layer in shared.captured}
+    expected |= {f"received.{block}": [visual] for block in needs.vision_blocks}
+    expected |= {f"keys.{block}": [visual, vision.head_dim] for block in needs.vision_blocks}
+    if "importance" in tensors:
+        expected["importance"] = [visual]
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in {**found, **shapes} if found.get(name) != shapes.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(f"{name} has shape {found.get(name)}, expected {shapes.get(name)}")
+    for name in sorted(found | expected):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name} has shape {found.get(name)}, expected {expected.get(name)}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from nanoglimpse.inference.decode import lookahead
-from nanoglimpse.inference.outputs import Answer, Prefill, Stats, peak_bytes
+from nanoglimpse.inference.outputs import Answer, Prefill
 from nanoglimpse.inference.sampling import Sampling
 from nanoglimpse.inputs.processor import Processor, TextStream
 from nanoglimpse.methods.options import PruningOptions
@@ -35,10 +35,10 @@ class SplitOptions(NamedTuple):
     """`AskOptions` by the function that takes them.
 
     Attributes:
-        prompt: of `Processor.prompt`.
-        prefill: of `Engine.prefill_many`, without those of `Pruning`.
-        decode: of `Engine.decode`.
-        pruning: the rest, fields of `Pruning`.
+        prompt: options of `Processor.prompt`.
+        prefill: options of `Engine.prefill_many`, without the fields of `Pruning`.
+        decode: options of `Engine.decode`.
+        pruning: all others, fields of `Pruning`.
     """
 
     prompt: dict[str, Any]
@@ -48,7 +48,7 @@ class SplitOptions(NamedTuple):
 
 
 def split(options: AskOptions) -> SplitOptions:
-    """The options by the function that takes them, with the defaults of those left out."""
+    """The options by the function that takes them, with defaults for those that are missing."""
     rest: dict[str, Any] = dict(options)
     limit = {"max_new_tokens": rest.pop("max_new_tokens", 128)}
     return SplitOptions(
@@ -61,22 +61,21 @@ def split(options: AskOptions) -> SplitOptions:
 
 
 class Stream:
-    """Text pieces of one answer, whole characters each.
+    """The text of one answer in pieces, each of whole characters.
 
-    The prompt is built and prefilled when the object is made. `answer` gives the answer so far at
-    any time.
+    The constructor builds and prefills the prompt. `answer` is the answer so far, at any time.
 
     Args:
-        model: answers.
+        model: model that answers.
         processor: decodes tokens.
-        prepare: makes a prompt.
-        prefill: runs it.
+        prepare: builds the prompt.
+        prefill: runs the prompt.
         decode: `Engine.decode`.
-        options: its arguments.
+        options: arguments of `decode`.
 
     Attributes:
-        prefill: of the prompt.
-        token_ids: generated so far.
+        prefill: prefill of the prompt.
+        token_ids: tokens generated so far.
     """
 
     def __init__(
@@ -94,16 +93,15 @@ class Stream:
         moments.append(time.perf_counter())
         self.prefill = prefill(prepared)
         moments.append(time.perf_counter())
-        self.kv_rows, self.kv_bytes = self.prefill.cache.num_rows, self.prefill.cache.nbytes
         self.token_ids: list[int] = []
-        # Seconds to the prompt, to the prefill, and for each token.
+        # Seconds spent on the prompt, on the prefill, and on each token.
         self.seconds = [moments[1] - moments[0], moments[2] - moments[1]]
-        self._ahead = 0
+        self._rows, self._ahead = self.prefill.cache.num_rows, 0
         self._tokens = self._decode(decode)
         self._text = TextStream(processor)
 
     def _decode(self, decode: Callable[..., Iterator[int]]) -> Iterator[int]:
-        """The tokens; `_ahead` is read when the first one is asked for."""
+        """The tokens; `_ahead` is read when the first one is needed."""
         yield from decode(self.prefill, ahead=self._ahead, **self.options)
 
     def __iter__(self) -> Iterator[str]:
@@ -122,7 +120,7 @@ class Stream:
         return token
 
     def finish(self) -> Answer:
-        """The whole answer, for a caller that does not show its pieces."""
+        """The whole answer, for a caller that does not need its pieces."""
         self._ahead = lookahead(self.model.device)
         for _ in self:
             pass
@@ -136,36 +134,15 @@ class Stream:
     @property
     def answer(self) -> Answer:
         """The answer so far, and its costs."""
-        prefill = self.prefill
-        return Answer(
-            text=self.text,
-            token_ids=list(self.token_ids),
-            finish_reason=self._finish_reason(),
-            kept=prefill.kept,
-            importance=prefill.importance,
-            grids=prefill.batch.all_grids,
-            stats=self._stats(),
-        )
-
-    def _finish_reason(self) -> str:
+        reason, later = "stopped", self.seconds[3:]
         if self.token_ids and self.token_ids[-1] in self.model.eos_token_id:
-            return "eos"
-        return "length" if len(self.token_ids) == self.options["max_new_tokens"] else "stopped"
-
-    def _stats(self) -> Stats:
-        prefill = self.prefill
-        rows = prefill.batch.counts[0] * self.model.depth
-        later = self.seconds[3:]
-        return Stats(
-            method=prefill.method,
-            prompt_tokens=prefill.batch.counts[0],
-            visual_tokens=len(prefill.kept),
-            kept_tokens=int(prefill.kept.sum()),
-            budgets=prefill.budgets,
-            kv_rows=(rows, self.kv_rows),
-            kv_bytes=(self.kv_bytes * rows // self.kv_rows, self.kv_bytes),
-            timings={"preprocess": 1000 * self.seconds[0]} | prefill.timings,
+            reason = "eos"
+        elif len(self.token_ids) == self.options["max_new_tokens"]:
+            reason = "length"
+        return self.prefill.answer(0, self._rows, 1000 * self.seconds[0]).finished(
+            self.text,
+            list(self.token_ids),
+            reason,
             first_token=1000 * sum(self.seconds[:3]),
             decode=1000 * sum(later) / len(later) if later else 0.0,
-            peak_bytes=peak_bytes(self.model.device),
         )

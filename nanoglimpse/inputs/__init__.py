@@ -1,1 +1,1 @@
-"""What a user gives, from pictures and text up to a packed batch of prompts."""
+"""From pictures, videos and text to packed prompts."""

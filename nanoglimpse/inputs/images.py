@@ -1,6 +1,6 @@
-"""Pictures: opening, decoding, resizing.
+"""Opens, decodes and resizes pictures, and cuts them into patches.
 
-Pixels equal those of transformers' Pillow-based Qwen2-VL processor bit for bit.
+Pixels are equal, bit for bit, to those of the Qwen2-VL processor of transformers with Pillow.
 """
 
 import math
@@ -22,12 +22,14 @@ MAX_ASPECT = 200
 
 
 def load_picture(picture: Picture) -> Image.Image:
-    """A picture as RGB, transparency composited on white; of an animation the first frame.
+    """A picture as RGB, composited on white where it is transparent.
 
-    A file's EXIF orientation is applied; a Pillow image is taken as its caller made it.
+    Of an animation it is the first frame. The EXIF orientation of a file is applied, that of a
+    Pillow image is not.
 
     Raises:
-        UsageError, NanoglimpseError: see `open_picture`; also for a file that is truncated.
+        UsageError: as `open_picture`.
+        NanoglimpseError: as `open_picture`, or the file is truncated.
     """
     if isinstance(picture, Image.Image):
         return flatten(picture)
@@ -42,8 +44,8 @@ def open_picture(path: str | Path) -> Image.Image:
     """A picture file, opened but not decoded.
 
     Raises:
-        UsageError: no such file, or no picture that Pillow reads.
-        NanoglimpseError: it cannot be read, or decodes to so many pixels that it may be a bomb.
+        UsageError: the file does not exist, or is not a picture that Pillow can read.
+        NanoglimpseError: it is damaged, or has so many pixels that it may be a decompression bomb.
     """
     try:
         with warnings.catch_warnings():
@@ -60,7 +62,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """As RGB, transparency composited on white."""
+    """An image as RGB, composited on white where it is transparent."""
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -70,18 +72,20 @@ def flatten(image: Image.Image) -> Image.Image:
 def smart_resize(
     height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """Height and width as multiples of `factor`, their product between the two limits.
+    """Height and width as multiples of `factor`, with an area between the two limits.
 
-    As in Qwen's code, with Python's rounding of halves to the even side.
+    As in Qwen's code, which rounds halves to even, as Python does.
 
     Raises:
-        UsageError: no pixels at all, or sides of a ratio over 200.
+        UsageError: the picture is empty or too thin, or the limits exclude each other.
     """
+    if not 0 < min_pixels <= max_pixels:
+        raise UsageError(f"min_pixels must be in [1, max_pixels {max_pixels}], got {min_pixels}")
     if min(height, width) < 1:
-        raise UsageError(f"a picture of {width} × {height} px has no content")
+        raise UsageError(f"a picture of {width} × {height} px is empty")
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise UsageError(
-            f"a picture of {width} × {height} px is too thin; sides may differ {MAX_ASPECT} times"
+            f"a picture of {width} × {height} px is too thin; the limit is {MAX_ASPECT} to 1"
         )
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -105,21 +109,19 @@ def preprocess_image(
 
     Args:
         picture: path or Pillow image.
-        min_pixels, max_pixels: limits of the resized area; those of `config` where None.
-        config: mean, deviation and patch sizes; Qwen2.5-VL's by default.
+        min_pixels, max_pixels: limits of the resized area; those of `config` if None.
+        config: mean, deviation and patch sizes; those of Qwen2.5-VL by default.
 
     Returns:
-        patches fp32 [P, channels · frames · side²], the one frame repeated, and the grid (t, h, w)
-        in patches; uint8 [P, channels · side²] if the configuration says raw.
+        Patches fp32 [P, channels · frames · side²] with the picture in all frames, or uint8
+        [P, channels · side²] if `config.raw` is set; and the grid (t, h, w) in patches.
 
     Raises:
-        UsageError, NanoglimpseError: see `load_picture` and `smart_resize`.
+        UsageError, NanoglimpseError: as `load_picture` and `smart_resize`.
     """
     config = config or PixelConfig()
     low = config.min_pixels if min_pixels is None else min_pixels
     high = config.max_pixels if max_pixels is None else max_pixels
-    if not 0 < low <= high:
-        raise UsageError(f"min_pixels {low} and max_pixels {high} leave no picture size")
     image = load_picture(picture)
     side, merge = config.patch_size, config.merge_size
     height, width = smart_resize(image.height, image.width, side * merge, low, high)
@@ -133,13 +135,13 @@ def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> 
     """Patches of a picture, or of a pair of frames, in the order of the merge units.
 
     Args:
-        frames: one picture, or as many as make a temporal patch; RGB, as large as the grid.
+        frames: one picture, or the frames of a temporal patch; RGB, in the size of the grid.
         grid: (1, h, w).
         config: mean, deviation and patch sizes.
 
     Returns:
-        fp32 [h · w, channels · frames · side²], a still picture repeated; uint8 [h · w, channels ·
-        side²] for each of the frames given, side by side, if they are to stay raw.
+        fp32 [h · w, channels · frames · side²] with a still picture in all frames; or uint8 [h · w,
+        channels · given frames · side²] if `config.raw` is set.
     """
     side, merge = config.patch_size, config.merge_size
     units = []
@@ -152,16 +154,18 @@ def patchify(frames: Sequence[Image.Image], grid: Grid, config: PixelConfig) -> 
 
 
 def joined(patches: Sequence[Tensor]) -> Tensor:
-    """Patches one after the other; raw ones of stills are repeated where frames come in pairs.
+    """Concatenated patches; raw stills are repeated if there are also raw pairs of frames.
 
     Raises:
-        UsageError: some are raw, others normalised.
+        UsageError: raw and normalised patches are mixed.
     """
     some = [p for p in patches if len(p)] or list(patches[:1])
     if len(some) == 1:
         return some[0]
     if len({p.dtype for p in some}) > 1:
-        raise UsageError("raw and normalised patches cannot be read together; prepare all alike")
+        raise UsageError(
+            "raw and normalised patches cannot be combined; preprocess all in the same way"
+        )
     width = max(p.shape[1] for p in some)
     return torch.cat([p if p.shape[1] == width else _repeated(p, width) for p in some])
 

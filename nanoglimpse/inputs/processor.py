@@ -1,11 +1,10 @@
-"""From a picture and a question to a prompt: pixels, token ids, positions.
+"""From pictures and a question to a prompt: pixels, token ids, positions.
 
-Pillow does the pictures, `tokenizers` the text, torch the rest. Pixels equal those of transformers'
-Pillow-based Qwen2-VL processor bit for bit. Text that a user types never becomes a control token.
+Pictures are read by Pillow and text is encoded by `tokenizers`. The text of a user never becomes a
+control token.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -20,22 +19,24 @@ from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inputs.images import joined, preprocess_image
 from nanoglimpse.inputs.prompt import Prompt
 from nanoglimpse.inputs.video import Video, Visual
+from nanoglimpse.model.rope import visual_tokens
 
 Part = TypeVar("Part")
 SYSTEM = "You are a helpful assistant."
 
 
 class Processor:
-    """Builds prompts for one checkpoint and turns token ids back into text.
+    """Builds prompts for one checkpoint, and decodes token ids.
 
     Args:
-        folder: of the checkpoint.
-        config: its configuration.
-        raw: leave pixels to the vision encoder; to a GPU they travel in an eighth of the bytes.
+        folder: folder of the checkpoint.
+        config: configuration of the checkpoint.
+        raw: let the vision encoder normalise pixels; uint8 pixels are an eighth of the bytes.
 
     Attributes:
-        pixels: how pictures are preprocessed.
-        tokenizer: None where the checkpoint has no tokenizer.json.
+        pixels: configuration of the preprocessing.
+        tokenizer: None if the checkpoint has no tokenizer.json.
+        control_ids: ids of the control tokens.
     """
 
     def __init__(self, folder: Path, config: Config, raw: bool = False):
@@ -54,16 +55,15 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Prompt:
-        """A prompt in Qwen's chat layout: system, user turn, the assistant's to begin.
+        """A prompt in the chat layout of Qwen: system prompt, user turn, start of the answer.
 
         Args:
-            images: one picture or several, placed before the first question; `Video`s are pictures,
-                too.
+            images: pictures and videos, one or several, placed before the first question.
             question: text, or texts (str) and pictures (Path, Pillow image, Video) in any order.
-            history: questions and answers that came before it.
+            history: earlier questions and answers.
             system: the system prompt.
-            min_pixels, max_pixels: limits of a picture's area, or a frame's; the checkpoint's (for
-                frames see `Video`) where None.
+            min_pixels, max_pixels: limits of the area of a picture or frame. If None, those of the
+                checkpoint apply to pictures, and those of `nanoglimpse.inputs.video` to frames.
 
         Raises:
             UsageError: the checkpoint has no tokenizer, or a picture or text cannot be used.
@@ -78,7 +78,7 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Prompt:
-        """A prompt of text (str), control tokens (int) and pictures in the order they are given."""
+        """A prompt of text (str), control tokens (int), pictures and videos in the given order."""
         config, patches, grids, seconds = self.config, [], [], []
         filled: list[str | int] = []
         for part in parts:
@@ -94,15 +94,14 @@ class Processor:
                 placeholder = config.image_token_id
             patches.append(pixels)
             grids.append(grid)
-            count = math.prod(grid) // config.vision_config.merge_unit
-            placeholders = [placeholder] * count
+            placeholders = [placeholder] * visual_tokens(grid, config)
             filled += [config.vision_start_token_id, *placeholders, config.vision_end_token_id]
         return Prompt.from_tokens(
             self.encode(filled), joined(patches) if patches else None, grids, seconds, config=config
         )
 
     def chat(self, turn: Sequence[str | int], system: str = SYSTEM) -> list[str | int]:
-        """Qwen's chat layout up to the answer: system, this user turn, the assistant's to begin."""
+        """The chat layout up to the answer: system prompt, this user turn, start of the answer."""
         return [*self.opening(system), *self.conversation(turn)]
 
     def opening(self, system: str = SYSTEM) -> list[str | int]:
@@ -113,7 +112,7 @@ class Processor:
     def conversation(
         self, turn: Sequence[Part], history: Sequence[tuple[str, str]] = ()
     ) -> list[str | int | Part]:
-        """The chat layout from there on: earlier turns, this one, the answer to begin."""
+        """The chat layout after `opening`: earlier turns, this turn, start of the answer."""
         start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
         parts: list[str | int | Part] = []
         for asked, answer in history:
@@ -121,14 +120,14 @@ class Processor:
         return [*parts, *turn, end, "\n", start, "assistant\n"]
 
     def encode(self, parts: Sequence[str | int]) -> list[int]:
-        """Token ids of text (str) and control tokens (int); neighbouring texts are one text."""
+        """Token ids of text (str) and control tokens (int); adjacent texts are encoded together."""
         ids: list[int] = []
         for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
             run = list(group)
             if is_text:
                 text = "".join(part for part in run if isinstance(part, str))
                 if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                    raise UsageError("the text is not valid Unicode; was it typed in UTF-8?")
+                    raise UsageError("the text is not valid Unicode; is it encoded as UTF-8?")
                 ids += self.need_tokenizer().encode(text, add_special_tokens=False).ids
             else:
                 ids += [part for part in run if isinstance(part, int)]
@@ -150,7 +149,7 @@ class Processor:
         if self.tokenizer is None:
             raise UsageError(
                 f"{self.folder} has no tokenizer.json, so text cannot be encoded; copy the "
-                "checkpoint's there, or build prompts with Prompt.from_tokens"
+                "original there, or build prompts with Prompt.from_tokens"
             )
         return self.tokenizer
 
@@ -161,43 +160,43 @@ class Processor:
 
 
 class TextStream:
-    """Text of tokens as they come; a character appears when all its bytes have."""
+    """Decodes tokens one by one, and returns a character when all its bytes are there."""
 
     def __init__(self, processor: Processor):
         self.processor = processor
         self.pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; empty while a character is open."""
+        """The text that this token completes; empty within a character."""
         self.pending.append(token_id)
         text = self.processor.decode(self.pending)
         return "" if text.endswith("\ufffd") else self.finish()
 
     def finish(self) -> str:
-        """What is still open, a broken character as U+FFFD."""
+        """The rest of the text, with U+FFFD for an incomplete character."""
         text, self.pending = self.processor.decode(self.pending), []
         return text
 
 
 def as_visuals(images: Visual | Sequence[Visual]) -> list[Path | Image.Image | Video]:
-    """One visual or several as a list; names become paths, so that no text is among them."""
+    """One or several pictures and videos as a list; a str is a path, not text."""
     images = [images] if isinstance(images, Visual) else images
     return [Path(image) if isinstance(image, str) else image for image in images]
 
 
 def _tokenizer(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
-    """The tokenizer and the ids of its control tokens, which no text can produce."""
+    """The tokenizer and the ids of its control tokens, which encoding text never gives."""
     if not path.exists():
         return None, frozenset()
     data = read_json(path)
     added = data.get("added_tokens", [])
     control = frozenset(token["id"] for token in added if token["special"])
-    # All added tokens, so that none of them is found in a text that a user typed.
+    # With `encode_special_tokens`, special tokens are not recognised in the text of a user.
     for token in added:
         token["special"] = True
     try:
         tokenizer = Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise NanoglimpseError(f"{path} is no tokenizer: {error}") from None
+        raise NanoglimpseError(f"{path} is not a valid tokenizer: {error}") from None
     tokenizer.encode_special_tokens = True
     return tokenizer, control

@@ -1,4 +1,4 @@
-"""Prompts, one by one and packed, and the row arithmetic of pruning."""
+"""Prompts, single and packed, and the row arithmetic of pruning."""
 
 import math
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ from nanoglimpse.model.rope import Grid, mrope_positions, visual_mask, visual_to
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is asked: T tokens, of which N stand for visual tokens.
+    """The input of the model: T tokens, of which N are placeholders for visual tokens.
 
     Attributes:
-        token_ids: int64 [T], a placeholder for every visual token.
+        token_ids: int64 [T], with a placeholder for each visual token.
         positions: int64 [3, T], M-RoPE ids on the axes time, height, width.
         visual: bool [T], the placeholders.
-        patches: of all images and videos in order of appearance, fp32 [P, patch_dim]; or raw.
-        grids: (t, h, w) in patches of each of them.
+        patches: fp32 [P, patch_dim], or raw; all images and videos in order of appearance.
+        grids: (t, h, w) in patches of each image and video.
     """
 
     token_ids: Tensor
@@ -45,43 +45,42 @@ class Prompt:
         *,
         config: Config,
     ) -> "Prompt":
-        """A prompt from ready tensors.
+        """A prompt from tensors.
 
         Args:
-            token_ids: [T]; every visual token has a placeholder, image or video by its id.
-            patches: [P, patch_dim], in order of appearance; or uint8 as `preprocess_image` makes
-                raw ones, [P, patch_dim] or of one frame each.
+            token_ids: [T], with an image or video placeholder for each visual token.
+            patches: [P, patch_dim], in order of appearance; or raw uint8 patches of
+                `preprocess_image`, [P, patch_dim] or with a single frame.
             grids: (t, h, w) in patches of each image and video, in order of appearance.
             seconds_per_grid: seconds between temporal patches, for all videos or each; 1 if None.
-            config: of the model.
+            config: configuration of the model.
 
         Raises:
-            UsageError: the parts do not fit each other or the model.
+            UsageError: the arguments do not fit each other or the model.
         """
         vision = config.vision_config
         ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
         sizes = tuple((int(t), int(h), int(w)) for t, h, w in grids)
         patches = torch.empty(0, vision.patch_dim) if patches is None else patches
-        seconds = (
-            seconds_per_grid.tolist() if isinstance(seconds_per_grid, Tensor) else seconds_per_grid
-        )
+        if isinstance(seconds_per_grid, Tensor):
+            seconds_per_grid = seconds_per_grid.tolist()
         if not len(ids):
             raise UsageError("a prompt needs at least one token")
         if int(ids.min()) < 0 or int(ids.max()) >= config.text_config.vocab_size:
-            raise UsageError(f"token ids must lie in 0 to {config.text_config.vocab_size - 1}")
+            raise UsageError(f"token_ids must be in 0 to {config.text_config.vocab_size - 1}")
         if any(h % vision.spatial_merge_size or w % vision.spatial_merge_size for _, h, w in sizes):
-            raise UsageError(f"grids {sizes} are not in whole visual tokens")
+            raise UsageError(f"grids {sizes} do not consist of whole visual tokens")
         expected = [sum(math.prod(grid) for grid in sizes), vision.patch_dim]
         one = vision.patch_dim // vision.temporal_patch_size
         if patches.dtype == torch.uint8 and patches.shape[1:] == (one,):
             expected[1] = one
         if list(patches.shape) != expected:
-            raise UsageError(f"patches have shape {list(patches.shape)}, the grids need {expected}")
-        positions = mrope_positions(ids, sizes, config, seconds)
+            raise UsageError(f"patches must have shape {expected}, got {list(patches.shape)}")
+        positions = mrope_positions(ids, sizes, config, seconds_per_grid)
         return cls(ids, positions, visual_mask(ids, config), patches, sizes)
 
     def then(self, other: "Prompt") -> "Prompt":
-        """This prompt with another behind it, whose positions go on from here."""
+        """This prompt followed by another one, whose positions continue from here."""
         return Prompt(
             torch.cat((self.token_ids, other.token_ids)),
             torch.cat((self.positions, other.positions + self.positions.max() + 1), dim=1),
@@ -99,17 +98,17 @@ class PackedBatch:
         token_ids: int64 [T].
         positions: int64 [3, T].
         visual_rows: int64 [N], the rows of the visual tokens.
-        pools: int64 [N]; tokens with one number compete with each other for being kept: those of a
-            prompt's images together, those of each video by itself. -1 where all are kept.
-        grids: of each prompt, (t, h, w) in patches.
-        pool_sizes: (rows, columns) in visual tokens of each pool's images, or pairs of frames.
+        pools: int64 [N], the pool of each visual token; pruning selects among the tokens of a pool.
+            All images of a prompt are one pool, and each video is one. -1 for tokens always kept.
+        grids: (t, h, w) in patches of the images and videos of each prompt.
+        pool_sizes: (rows, columns) in visual tokens of each image, or pair of frames, by pool.
         pool_counts: visual tokens of each pool.
         clips: the pools that are videos.
         counts: rows of each prompt.
         visual_counts: visual tokens of each prompt.
         next_position: int64 [B], the largest position of each prompt + 1.
-        seeds: for methods that draw, one a prompt.
-        evidence: bool [N], the visual tokens that the answers need; None where that is unknown.
+        seeds: seed of each prompt, for methods that sample.
+        evidence: bool [N], the visual tokens that the answers need; None if unknown.
     """
 
     token_ids: Tensor
@@ -139,11 +138,11 @@ class PackedBatch:
         """Packs prompts and moves them to the device.
 
         Args:
-            prompts: at least one.
-            config: of the model.
-            device: of the model.
-            prune_videos: if not, all visual tokens of videos are kept.
-            seed: for all prompts, or for each.
+            prompts: at least one prompt.
+            config: configuration of the model.
+            device: device of the model.
+            prune_videos: whether visual tokens of videos may be dropped.
+            seed: seed of all prompts, or of each.
             evidence: bool [N] of each prompt.
         """
         token_ids = torch.cat([prompt.token_ids for prompt in prompts])
@@ -159,9 +158,7 @@ class PackedBatch:
             pool_counts=[sum(rows * columns for rows, columns in sizes) for sizes in pool_sizes],
             clips=clips,
             counts=[len(prompt) for prompt in prompts],
-            visual_counts=[
-                sum(visual_tokens(grid, config) for grid in prompt.grids) for prompt in prompts
-            ],
+            visual_counts=[int(prompt.visual.sum()) for prompt in prompts],
             next_position=upload(torch.stack([p.positions.max() + 1 for p in prompts]), device),
             seeds=[seed] * len(prompts) if isinstance(seed, int) else list(seed),
             evidence=None if evidence is None else upload(torch.cat(list(evidence)), device),
@@ -190,9 +187,8 @@ class PackedBatch:
         stays[self.visual_rows] = kept
         ranks, rows = _compact(stays)
         _, tokens = _compact(kept)
-        pools = ranks.new_zeros(1 + len(self.pool_counts)).index_add_(
-            0, self.pools + 1, kept.long()
-        )
+        pools = ranks.new_zeros(1 + len(self.pool_counts))
+        pools.index_add_(0, self.pools + 1, kept.long())
         numbers = torch.cat((ranks[last_rows(self.counts, kept.device)], pools)).tolist()
         ends, pool_counts = numbers[: len(self.counts)], numbers[1 + len(self.counts) :]
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -229,7 +225,7 @@ def _compact(stays: Tensor) -> tuple[Tensor, Tensor]:
 def _pools(
     prompts: Sequence[Prompt], config: Config, prune_videos: bool
 ) -> tuple[Tensor, list[list[tuple[int, int]]], frozenset[int]]:
-    """Pool of every visual token, the sizes of each pool's images, and which pools are videos."""
+    """`pools`, `pool_sizes` and `clips` of a packed batch."""
     merge, numbers, clips = config.vision_config.spatial_merge_size, [], []
     sizes: list[list[tuple[int, int]]] = []
     for prompt in prompts:
@@ -253,20 +249,20 @@ def _pools(
 
 
 def last_rows(counts: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [B], the last row of each of the packed sequences of these lengths."""
+    """int64 [B], the last row of each packed sequence, given their lengths."""
     return upload(torch.tensor(counts).cumsum(0) - 1, device)
 
 
 def interleave(rows: Tensor, probes: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Packed rows with one more row after each sequence.
+    """Inserts one more row after each packed sequence.
 
     Args:
-        rows: [T, …], sequences of `counts` rows.
-        probes: [B, …].
+        rows: [T, …], the packed sequences.
+        probes: [B, …], the rows to insert.
         counts: rows of each sequence.
 
     Returns:
-        [T + B, …], and int64 [T], where the rows are in it.
+        [T + B, …], and int64 [T], the new places of `rows`.
     """
     index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     index = upload(torch.arange(len(rows)) + index, rows.device)

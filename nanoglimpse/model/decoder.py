@@ -223,7 +223,7 @@ def run_layers(
     hidden: Tensor,
     rope: Rope,
     kv: PassKV,
-    segments: Segments,
+    segments: Any,
     layers: range,
     *,
     queries: Queries | None = None,
@@ -239,7 +239,7 @@ def run_layers(
         hidden: [T, C], input of the first layer; probe rows of it are changed in place.
         rope: tables of the rows.
         kv: takes keys and values.
-        segments, queries: as `Block.forward`.
+        segments, queries: as `Block.forward`; a trainer's own layout if its `call` reads it.
         layers: which of them.
         probe: added before each layer.
         capture: layers whose input is returned.

@@ -240,14 +240,18 @@ ERRORS = {
         2,
         "temperature must be in [0, ∞), got -1.0",
     ),
-    "no such model": (lambda t: ("x", "--model", t / "none"), 2, "no folder, no Hub id"),
+    "no such model": (lambda t: ("x", "--model", t / "none"), 2, "neither a folder nor a Hub id"),
     "empty model": (lambda t: ("x", "--model", t), 1, "config.json is missing"),
     "hub": (
         lambda t: ("x", "--model", "Qwen/Qwen2.5-VL-3B-Instruct"),
         1,
         "hf download Qwen/Qwen2.5",
     ),
-    "no such glimpse": (lambda t: ("x", "--glimpse", t / "none"), 2, "no folder, no Hub id"),
+    "no such glimpse": (
+        lambda t: ("x", "--glimpse", t / "none"),
+        2,
+        "neither a folder nor a Hub id",
+    ),
     "no glimpse config": (lambda t: ("x", "--glimpse", t), 1, "config.json is missing"),
     "no adapter": (lambda t: ("x", "--adapter", t), 1, "adapter_config.json is missing"),
     "too long": (
@@ -301,7 +305,7 @@ def test_a_corrupt_tokenizer_says_so(bare, capsys):
     (bare / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nonsense"}}')
     code, _, err = call("x", "--quiet", "--model", bare, capsys=capsys)
     assert code == 1
-    assert "tokenizer.json is no tokenizer" in err
+    assert "tokenizer.json is not a valid tokenizer" in err
     assert err.count("\n") == 1
 
 

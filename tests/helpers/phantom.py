@@ -31,18 +31,47 @@ from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.varlen import Segments
 
 VIEWS = frozenset(
-    """
-    view _unsafe_view slice select split split_with_sizes unbind transpose expand unsqueeze as_strided
-    squeeze narrow t permute alias detach diagonal unfold view_as _reshape_alias chunk lift_fresh lift
-    """.split()
+    [
+        "view",
+        "_unsafe_view",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "as_strided",
+        "squeeze",
+        "narrow",
+        "t",
+        "permute",
+        "alias",
+        "detach",
+        "diagonal",
+        "unfold",
+        "view_as",
+        "_reshape_alias",
+        "chunk",
+        "lift_fresh",
+        "lift",
+    ]
 )
 ALLOCATIONS = frozenset(["empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"])
 # The number of results depends on values, so the host waits for it.
 WAITS = frozenset(
-    """
-    _local_scalar_dense nonzero masked_select unique_consecutive _unique2 unique_dim bincount equal
-    is_nonzero
-    """.split()
+    [
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique_consecutive",
+        "_unique2",
+        "unique_dim",
+        "bincount",
+        "equal",
+        "is_nonzero",
+    ]
 )
 INDEXED = frozenset(["index", "index_put_", "index_put", "_index_put_impl_"])
 

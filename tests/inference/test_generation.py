@@ -185,9 +185,9 @@ def test_calls_that_make_no_sense(tiny, call, words):
     ("change", "words"),
     [
         ({"ids": []}, "at least one token"),
-        ({"ids": [130]}, "token ids"),
-        ({"ids": [-1, 5]}, "token ids"),
-        ({"grids": [(1, 4, 6)]}, r"patches have shape \[16, 1176\].*\[24, 1176\]"),
+        ({"ids": [130]}, "token_ids must be in 0 to"),
+        ({"ids": [-1, 5]}, "token_ids must be in 0 to"),
+        ({"grids": [(1, 4, 6)]}, r"patches must have shape \[24, 1176\], got \[16, 1176\]"),
         ({"patches": None}, "patches"),
         ({"grids": [(1, 3, 4)]}, "whole visual tokens"),
         ({"ids": [120] * 3}, "3 placeholders.*make 4"),

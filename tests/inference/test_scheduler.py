@@ -371,14 +371,14 @@ def test_a_second_start_goes_on(batch, monkeypatch, nano):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([], "holds no question"),
+        ([], "contains no questions"),
         (["{"], "line 1, is not JSON"),
-        ([ROWS[0], "[]"], "line 2, needs"),
-        ([{"image": None}], "line 1, needs"),
-        ([{"question": "What?"}], "text alone has null"),
-        ([{"image": 3, "question": "What?"}], "line 1: image is a path"),
-        ([{"image": ["a", 3], "question": "What?"}], "line 1: image is a path"),
-        ([{"image": None, "question": ""}], "line 1, needs"),
+        ([ROWS[0], "[]"], "line 2: expected"),
+        ([{"image": None}], "line 1: expected"),
+        ([{"question": "What?"}], "null for text alone"),
+        ([{"image": 3, "question": "What?"}], "line 1: image must be a path"),
+        ([{"image": ["a", 3], "question": "What?"}], "line 1: image must be a path"),
+        ([{"image": None, "question": ""}], "line 1: expected"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -395,10 +395,10 @@ def test_a_file_with_mistakes_is_refused_before_any_work(batch, rows, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--max-ratio", 0.5], r'settings {"max_new_tokens": 12}, now'),
+        (["--max-ratio", 0.5], r'the settings {"max_new_tokens": 12}, but this run has'),
         (["--method", "magic"], "unknown method"),
-        (["--image", str(SCENE)], "names questions and pictures itself"),
-        (["Why?"], "names questions and pictures itself"),
+        (["--image", str(SCENE)], "--batch-file cannot be combined"),
+        (["Why?"], "--batch-file cannot be combined"),
         (["--output", "/nowhere/x.jsonl"], "results cannot be written: there is no folder"),
         (["--temperature", -1], "temperature"),
     ],
@@ -423,7 +423,7 @@ def test_results_of_other_questions_are_not_touched(batch):
     batch.write(ROWS[1], ROWS[0], ROWS[2])
     code, _, err = batch.run()
     assert code == 2
-    assert "answers no question of this file; name another --output" in err
+    assert "is not a result of this batch file; choose another --output" in err
     assert batch.output.read_bytes() == before
     batch.output.write_bytes(batch.path.read_bytes())
     assert batch.run()[0] == 2
@@ -433,7 +433,7 @@ def test_results_of_other_questions_are_not_touched(batch):
 def test_a_missing_file_and_output_without_one(batch, capsys):
     assert batch.run()[0] == 2
     assert generate.main(["x", "--output", "r.jsonl", "--quiet"]) == 2
-    assert "of a --batch-file; none is given" in capsys.readouterr().err
+    assert "--output needs a --batch-file" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(batch, monkeypatch):

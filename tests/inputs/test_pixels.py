@@ -59,7 +59,7 @@ def test_stills_beside_clips_are_repeated():
     assert torch.equal(both[60:], pair)
     assert joined([nothing, still]) is still
     assert joined([nothing, nothing]) is nothing
-    with pytest.raises(UsageError, match="raw and normalised patches cannot be read together"):
+    with pytest.raises(UsageError, match="raw and normalised patches cannot be combined"):
         joined([still, normalise(pair, CONFIG)])
 
 
@@ -103,7 +103,7 @@ def test_a_processor_leaves_pixels_raw_where_it_is_told_to(tiny, tiny_folder):
 def test_raw_patches_of_another_size_are_refused(tiny):
     raw, grid = preprocess_image(picture(), config=RAW)
     for patches in (raw[:, :-1], raw.float(), raw[1:]):
-        with pytest.raises(UsageError, match="patches have shape"):
+        with pytest.raises(UsageError, match="patches must have shape"):
             Prompt.from_tokens(chat_ids(1, grid), patches, [grid], config=tiny.config)
 
 

@@ -300,7 +300,7 @@ def test_bad_pictures_give_one_clear_line(kind, tmp_path):
 
 
 def test_a_picture_without_pixels_is_refused():
-    with pytest.raises(UsageError, match="no content"):
+    with pytest.raises(UsageError, match="is empty"):
         preprocess_image(Image.new("RGB", (0, 5)))
 
 

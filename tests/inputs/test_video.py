@@ -170,8 +170,8 @@ def test_frame_areas_are_those_of_qwen_vl_utils():
     assert _limits(4000, unit, None, None, pixels) == (128 * area, int(1.05 * 128 * area))
     assert _limits(8, unit, None, 50176, pixels) == (50176, 50176)
     assert _limits(8, unit, 3136, 50176, pixels) == (3136, 50176)
-    with pytest.raises(UsageError, match="leave no frame size"):
-        _limits(8, unit, 60000, 50176, pixels)
+    with pytest.raises(UsageError, match=r"min_pixels must be in \[1, max_pixels 50176\]"):
+        Video(pictures(2)).preprocess(60000, 50176, pixels)
 
 
 def test_a_long_clip_has_small_frames(monkeypatch):
@@ -200,12 +200,12 @@ def empty(tmp_path):
 BAD = {
     "missing": (lambda t: t / "none.gif", UsageError, "there is no video"),
     "mp4": (lambda t: named(t, "a.mp4"), UsageError, r"ffmpeg -i a.mp4 -vf fps=2 frames/%05d.png"),
-    "empty folder": (empty, UsageError, "holds no pictures"),
+    "empty folder": (empty, UsageError, "contains no pictures"),
     "no frames": (lambda t: [], UsageError, "at least one frame"),
     "sizes": (
         lambda t: [*pictures(2), *pictures(1, (60, 60))],
         UsageError,
-        "differ: a list of frames",
+        "must have one size; a list of frames",
     ),
     "damaged": (broken, NanoglimpseError, "damaged"),
     "missing frame": (lambda t: [t / "none.png"], UsageError, "there is no picture"),
@@ -611,8 +611,8 @@ def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano
     [
         (["--video", "none.gif"], "there is no video"),
         (["--video", "film.mp4"], "ffmpeg"),
-        (["--video", "clip.webp", "--fps", "0"], "fps 0"),
-        (["--video", "clip.webp", "--max-frames", "1"], "max_frames 1"),
+        (["--video", "clip.webp", "--fps", "0"], "fps must be in (0, ∞), got 0.0"),
+        (["--video", "clip.webp", "--max-frames", "1"], "max_frames must be at least 2, got 1"),
         (
             ["--video", "clip.webp", "--method", "nothing", "--max-frame-ratio", "0.1"],
             "method nothing does not choose",

@@ -711,7 +711,7 @@ def test_a_base_run_starts_from_another(tmp_path, capsys):
     assert "--retokenize needs --init" in capsys.readouterr().err
     third = ["base", str(tmp_path / "third"), *options, "--init"]
     assert main([*third, str(tmp_path / "no")]) == 2
-    assert "no is no folder" in capsys.readouterr().err
+    assert "no is neither a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert main([*third, str(tmp_path / "empty")]) == 1
     assert "empty is not a checkpoint" in capsys.readouterr().err

@@ -253,7 +253,7 @@ GLIMPSE_BROKEN = {
     glimpse_torch_pickle: "could run code",
     glimpse_corrupt: "corrupt",
     glimpse_sections: "expected a dict of",
-    glimpse_no_tensor: "'le_norm.weight' is no tensor",
+    glimpse_no_tensor: "'le_norm.weight' is not a tensor",
     glimpse_unknown: "'attn_fuser.extra' has no place",
     glimpse_missing: "'attn_fuser.layers.0.norm1.weight'",
     glimpse_shape: r"'learnable_embeddings' has shape \[5, 1, 48\]",
@@ -279,7 +279,7 @@ def test_glimpse_weights_of_another_model(folder, tmp_path):
 
 def test_a_folder_without_glimpse_weights(folder, tmp_path):
     shutil.copy(folder / "glimpse" / "config.json", tmp_path)
-    with pytest.raises(NanoglimpseError, match="holds no glimpse weights"):
+    with pytest.raises(NanoglimpseError, match="contains no glimpse weights"):
         load(folder, glimpse=tmp_path, device="cpu")
 
 
@@ -318,7 +318,7 @@ def test_an_adapter_is_merged_where_it_belongs(tiny_folder, tiny, tmp_path, rslo
 
 
 ADAPTERS = {
-    "another base": ({"width": 40}, "another base"),
+    "another base": ({"width": 40}, "another model"),
     "dora": ({"use_dora": True}, "use_dora"),
     "not lora": ({"peft_type": "IA3"}, "peft_type"),
     "extra modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -342,7 +342,7 @@ def test_an_adapter_of_unknown_layers(tiny_folder, tmp_path):
 
 
 def test_sources_that_do_not_exist():
-    with pytest.raises(UsageError, match="no folder, no Hub id"):
+    with pytest.raises(UsageError, match="neither a folder nor a Hub id"):
         locate("/no/such/folder", [])
     with pytest.raises(NanoglimpseError, match="hf download Qwen/Some-Model") as caught:
         locate("Qwen/Some-Model", ["*.json"])
