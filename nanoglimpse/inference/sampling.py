@@ -71,7 +71,7 @@ class Sampler:
         """Keeps only some of the sequences, by number."""
         self.generators = [self.generators[i] for i in stay]
         if self.seen is not None:
-            self.seen = self.seen[upload(torch.tensor(stay), self.seen.device)]
+            self.seen = self.seen[upload(torch.tensor(stay, dtype=torch.int64), self.seen.device)]
 
     def join(self, other: "Sampler") -> None:
         """Appends the sequences of another sampler."""

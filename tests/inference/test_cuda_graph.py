@@ -238,10 +238,12 @@ class Recorder:
     def replay(self):
         self.said.append("replay")
 
-    def Stream(self):
+    def Stream(self, device):
+        self.said.append(f"stream of {device}")
         return self
 
-    current_stream = Stream
+    def current_stream(self):
+        return self
 
     def wait_stream(self, other):
         self.said.append("wait")
@@ -258,16 +260,16 @@ class Recorder:
     def stream(self, stream):
         return self._inside("aside")
 
-    def graph(self, graph):
-        return self._inside("capture")
+    def graph(self, graph, stream):
+        return self._inside("capture aside" if stream is self else "capture elsewhere")
 
 
 def test_a_step_runs_aside_before_it_is_captured(monkeypatch):
     cuda = Recorder()
     monkeypatch.setattr(torch, "cuda", cuda)
     run = capture_cuda(lambda: cuda.said.append("step"), torch.device("cuda:1"))
-    aside = ["cuda:1", "wait", "aside", "step", "end", "wait"]
-    assert cuda.said == [*aside, "graph", "capture", "step", "end", "end"]
+    aside = ["cuda:1", "stream of cuda:1", "wait", "aside", "step", "end", "wait"]
+    assert cuda.said == [*aside, "graph", "capture aside", "step", "end", "end"]
     run()
     assert cuda.said[-1] == "replay"
 

@@ -839,7 +839,11 @@ BAD = {
     "share": (None, ["--brief", "2"], "--brief must be in [0, 1], got 2"),
     "share of a file": (None, ["--data", "a.jsonl", "--brief", "1"], "leave them out for a file"),
     "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2"),
-    "vectors": (None, ["--data", "world", "--steps", "1", "--le-layers", "1"], "must hold layer 0"),
+    "vectors": (
+        None,
+        ["--data", "world", "--steps", "1", "--le-layers", "1"],
+        "le_layers (1,) must be layers of the model, 0 among them",
+    ),
     "layer": (
         None,
         ["--data", "world", "--steps", "1", "--layer", "9"],
