@@ -94,18 +94,3 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, run: EqualLengthRun, causal: bool)
         batch(q), batch(k), batch(v), is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).reshape(count * length, *q.shape[1:])
-
-
-def row_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Raw attention logits of one query row, scaled by 1/√D: no mask, no softmax.
-
-    Args:
-        q: [HQ, D], one row.
-        k: [N, H, D]; query head h reads kv head h // (HQ / H).
-
-    Returns:
-        [N, HQ], columns in the order of query heads.
-    """
-    heads, width = k.shape[1:]
-    grouped = q.view(heads, -1, width)  # [H, G, D]
-    return torch.einsum("hgd,nhd->nhg", grouped, k).flatten(1) * width**-0.5
