@@ -80,10 +80,11 @@ def same(ours, expected):
 @pytest.mark.parametrize("kv_drop", ["all", "later"])
 @pytest.mark.parametrize("method", ["glimpse", "attention"])
 def test_pruning_is_that_of_torch(engines, name, kv_drop, method):
+    """Inside layer K with kernels, and after its end with torch, which a trace waits for."""
     told = {"kv_drop": kv_drop} | ({"max_ratio": 0.8} if method == "attention" else {})
     ours, expected = (
-        engine.prefill_many(prompts_of(engine, name), method, max_new_tokens=3, **told)
-        for engine in (engines["kernels"], engines["torch"])
+        engine.prefill_many(prompts_of(engine, name), method, max_new_tokens=3, trace=trace, **told)
+        for engine, trace in ((engines["kernels"], False), (engines["torch"], True))
     )
     assert same(ours, expected)
     assert 0 < int(ours.kept.sum()) < len(ours.kept)
@@ -102,7 +103,10 @@ def test_several_layers_are_scored(tiny_folder, tmp_path):
         load(tiny_folder, glimpse=tmp_path, dtype="float32", device=DEVICE.type, backend=ops)
         for ops in BACKENDS.values()
     ]
-    expected, ours = (engine.prefill_many(prompts_of(engine, "ragged")) for engine in engines)
+    expected, ours = (
+        engine.prefill_many(prompts_of(engine, "ragged"), trace=trace)
+        for engine, trace in zip(engines, (True, False), strict=True)
+    )
     assert same(ours, expected)
 
 
@@ -133,7 +137,10 @@ def test_scores_on_the_way_are_those_of_the_cached_keys(engines, name, monkeypat
 
     def look(self, rows):
         assert self.scores is not None
-        looks.append((logits(self, rows), logits(replace(self, scores=None), rows)))
+        cached = replace(self, scores=None)
+        looks.append((logits(self, rows), logits(cached, rows)))
+        # Other rows than those that were scored are scored when they are asked for.
+        assert torch.equal(logits(self, rows - 1), logits(cached, rows - 1))
         return looks[-1][0]
 
     monkeypatch.setattr(LayerAttention, "logits", look)
