@@ -34,16 +34,16 @@ class Ops:
             graph can capture the step.
     """
 
-    # These two have options by keyword, which a Callable cannot state.
+    # These four have optional arguments, which a Callable cannot state.
     attention: Callable[..., Tensor]
     skinny_linear: Callable[..., Tensor]
+    gather: Callable[..., tuple[Tensor, Tensor | None]]
+    rope_append: Callable[..., tuple[Tensor, Tensor | None]]
     decode_attention: Callable[[Tensor, Tensor, Tensor, Integers, Integers], Tensor]
-    row_logits: Callable[[Tensor, Tensor], Tensor]
-    gather: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, slice | Tensor], Tensor]
+    row_logits: Callable[[Tensor, Tensor, Segments], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rotate: Callable[[Tensor, Rope], Tensor]
-    rope_append: Callable[[Tensor, Rope, Tensor, Tensor, slice | Tensor], Tensor]
     attention_colsum: Callable[[Tensor, Tensor, Segments], Tensor]
     swiglu: Callable[[Tensor], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]

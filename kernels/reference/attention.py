@@ -112,18 +112,3 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         options = options | {"enable_gqa": False}
     with sdpa_kernel(WITHOUT_CUDNN):
         return F.scaled_dot_product_attention(q, k, v, **options)
-
-
-def row_logits(q: Tensor, k: Tensor) -> Tensor:
-    """Raw attention logits of one query row, scaled by 1/√D: no mask, no softmax.
-
-    Args:
-        q: [HQ, D], one row.
-        k: [N, H, D]; query head h reads kv head h // (HQ / H).
-
-    Returns:
-        [N, HQ], columns in the order of query heads.
-    """
-    heads, width = k.shape[1:]
-    grouped = q.view(heads, -1, width)  # [H, G, D]
-    return torch.einsum("hgd,nhd->nhg", grouped, k).flatten(1) * width**-0.5

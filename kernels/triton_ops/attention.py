@@ -12,11 +12,15 @@ from torch import Tensor
 
 from nanoglimpse.kernels.reference import attention as reference
 from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.triton_ops.gather_kernel import Copies, gather_kernel
 from nanoglimpse.kernels.triton_ops.launch import launch, reads_shared_operands, supported_heads
 from nanoglimpse.kernels.varlen import Segments
 
+# The arguments of `gather_kernel` where nothing is gathered.
+NO_COPIES = (*8 * [None], *6 * [0])
 
-@triton.jit(do_not_specialize=["blocks", "HQ", "G"])
+
+@triton.jit(do_not_specialize=["blocks", "HQ", "G", "first", "L", "S"])
 def _attention_kernel(
     q,
     k,
@@ -32,6 +36,20 @@ def _attention_kernel(
     blocks,  # query blocks of the longest segment
     HQ,
     G,
+    cache_k,  # these and the following as `gather_kernel`; None if nothing is gathered
+    cache_v,
+    hidden,
+    rows,
+    new_k,
+    new_v,
+    new_hidden,
+    target_rows,
+    first,
+    stride_cache,
+    stride_new,
+    L,
+    S,
+    C,
     D: tl.constexpr,
     DV: tl.constexpr,
     D1: tl.constexpr,  # D1 + D2 covers D, and DV1 + DV2 covers DV; the second may be 0
@@ -41,9 +59,23 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WIDTH: tl.constexpr = 0,
+    BLOCK_S: tl.constexpr = 0,
+    BLOCK_W: tl.constexpr = 0,
 ):
-    # Later blocks attend to more keys in causal attention, so they start first.
     index, head = tl.program_id(0), tl.program_id(1)
+    # Attention takes longer, so its programs start first.
+    if rows is not None:
+        tile = (head - HQ) * tl.num_programs(0) + index
+        if tile >= 0:
+            # fmt: off
+            gather_kernel(
+                cache_k, cache_v, hidden, rows, new_k, new_v, new_hidden, target_rows, first,
+                stride_cache, stride_new, L, S, C, WIDTH, BLOCK_S, BLOCK_W, tile,
+            )
+            # fmt: on
+            return
+    # Later blocks attend to more keys in causal attention, so they start first.
     segment, block = index // blocks, blocks - 1 - index % blocks
     q_start, k_start = tl.load(cu_seqlens_q + segment), tl.load(cu_seqlens_k + segment)
     q_count = tl.load(cu_seqlens_q + segment + 1) - q_start
@@ -159,17 +191,24 @@ def attention(
     if not supported_heads(q, k, v):
         return reference.attention(q, k, v, segments, causal=causal, queries=queries)
     if segments.rows is None:
-        return _launch(q, k, v, segments, causal, queries)
+        return launch_attention(q, k, v, segments, causal, queries)
     assert queries is None
     rows = segments.rows
     out = q.new_empty(len(q), q.shape[1] * v.shape[-1])
-    out[rows] = _launch(q[rows], k[rows], v[rows], segments, causal, None)
+    out[rows] = launch_attention(q[rows], k[rows], v[rows], segments, causal, None)
     return out
 
 
-def _launch(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, queries: Queries | None
+def launch_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    causal: bool,
+    queries: Queries | None,
+    copies: Copies | None = None,
 ) -> Tensor:
+    """Attention over contiguous segments; the same launch makes the copies of a gather."""
     (rows, query_heads, width), heads, v_width = q.shape, k.shape[1], v.shape[2]
     for x in (q, k, v):
         assert x.stride()[1:] == (x.shape[2], 1)
@@ -182,9 +221,13 @@ def _launch(
     blocks = triton.cdiv(longest, sizes["BLOCK_M"])
     (d1, d2), (dv1, dv2) = split_head_dim(width), split_head_dim(v_width)
     out = q.new_empty(rows, query_heads * v_width)
+    programs, extra_heads = blocks * len(q_segments.lengths), 0
+    if copies:
+        tiles, tiling = copies.tiling(sizes["num_warps"])
+        sizes, extra_heads = sizes | tiling, triton.cdiv(tiles, max(programs, 1))
     launch(
         _attention_kernel,
-        (blocks * len(q_segments.lengths), query_heads),
+        (programs, query_heads + extra_heads),
         q,
         k,
         v,
@@ -199,6 +242,7 @@ def _launch(
         blocks,
         query_heads,
         query_heads // heads,
+        *(copies.arguments if copies else NO_COPIES),
         D=width,
         DV=v_width,
         D1=d1,

@@ -17,7 +17,7 @@ from nanoglimpse.kernels.triton_ops.decode_attention import decode_attention
 from nanoglimpse.kernels.triton_ops.gather import gather
 from nanoglimpse.kernels.triton_ops.linear import skinny_linear
 from nanoglimpse.kernels.triton_ops.norm import add_rms_norm, rms_norm
-from nanoglimpse.kernels.triton_ops.rope import rope_append, rotate
+from nanoglimpse.kernels.triton_ops.rope import rope_append, rotate, row_logits
 from nanoglimpse.kernels.triton_ops.swiglu import swiglu
 from nanoglimpse.kernels.varlen import Segments
 
@@ -73,6 +73,7 @@ TRITON = replace(
     add_rms_norm=on_device_of(add_rms_norm),
     rotate=on_device_of(rotate),
     rope_append=on_device_of(rope_append),
+    row_logits=on_device_of(row_logits),
     attention_colsum=on_device_of(attention_colsum),
     swiglu=on_device_of(swiglu),
     skinny_linear=on_device_of(skinny_linear),

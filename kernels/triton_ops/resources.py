@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.reference.gather import SurvivorAttention
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.triton_ops.registry import TRITON
 from nanoglimpse.kernels.varlen import Segments
@@ -105,6 +106,9 @@ def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator
     yield "append", partial(append, slice(0, ROWS))
     yield "append, ragged", partial(append, _row_ids(ROWS))
     prompt, queries = Segments([ROWS], "meta"), Queries(Segments([600], "meta"), _row_ids(600))
+    only_kv = partial(TRITON.rope_append, qkv[:, heads:].contiguous(), rope, k, k)
+    yield "append, scored", partial(only_kv, slice(0, ROWS), (q[:1], prompt))
+    yield "row logits", partial(TRITON.row_logits, q[:1], k, prompt)
     attend = partial(TRITON.attention, k=k, v=k, segments=prompt, causal=True)
     yield "prefill", partial(attend, q)
     yield "survivors", partial(attend, q[:600], queries=queries)
@@ -122,6 +126,8 @@ def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator
     gather = partial(TRITON.gather, cache, cache, x, _row_ids(600), target, target)
     yield "gather", partial(gather, slice(0, 600))
     yield "gather, ragged", partial(gather, _row_ids(600))
+    attends = SurvivorAttention(q[:600], k, k, prompt, queries)
+    yield "gather + survivors", partial(gather, slice(0, 600), attends)
 
 
 def _vision_cases() -> Iterator[Case]:
@@ -146,6 +152,11 @@ def _fp32_cases() -> Iterator[Case]:
     yield "fp32 prefill", partial(TRITON.attention, q, k, k, segments, causal=True)
     yield "fp32 decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
     yield "fp32 append", partial(TRITON.rope_append, qkv, _rope(128), k, k, slice(0, ROWS))
+    caches, new, rows = k[None], torch.empty_like(k[None, :600]), _row_ids(600)
+    queries = Queries(Segments([600], "meta"), rows)
+    attends = SurvivorAttention(q[:600], k, k, segments, queries)
+    gather = partial(TRITON.gather, caches, caches, q.flatten(1), rows, new, new)
+    yield "fp32 gather + survivors", partial(gather, slice(0, 600), attends)
 
 
 def _empty(*shape: int) -> torch.Tensor:
@@ -223,11 +234,11 @@ def _number(pattern: str, text: str) -> int:
 def print_table() -> None:
     """Prints a table of the resources of all kernels."""
     print(
-        f"{'target':8}{'case':20}{'kernel':26}{'warps':>6}{'registers':>11}{'spilled':>9}{'KiB':>7}"
+        f"{'target':8}{'case':25}{'kernel':26}{'warps':>6}{'registers':>11}{'spilled':>9}{'KiB':>7}"
     )
     for r in compile_all():
         print(
-            f"{r.target:8}{r.case:20}{r.kernel:26}{r.warps:6}{r.registers:11}{r.spilled:9}"
+            f"{r.target:8}{r.case:25}{r.kernel:26}{r.warps:6}{r.registers:11}{r.spilled:9}"
             f"{r.shared / 1024:7.1f}",
             flush=True,
         )

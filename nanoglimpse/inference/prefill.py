@@ -8,6 +8,7 @@ survivors attend to them.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from nanoglimpse.inference.outputs import Clock, Prefill
 from nanoglimpse.inference.prefix import Prefix
 from nanoglimpse.inputs.prompt import PackedBatch, interleave, last_rows
 from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.reference.gather import SurvivorAttention
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.varlen import Segments, upload
 from nanoglimpse.kvcache.cache import KVCache, LayerKV, Reserved
@@ -30,20 +32,31 @@ from nanoglimpse.model.vision import VisionOutput
 
 @dataclass(frozen=True)
 class DeferredLayer:
-    """A layer to which all rows have written, and in which only survivors will attend."""
+    """A layer to which all rows have written, and in which only survivors will attend.
+
+    Attributes:
+        normed: [T, C], its rows after the first norm.
+        scores: the query rows and their raw logits [T, HQ]; None if the method does not read them.
+    """
 
     block: Block
     rope: Rope
     kv: LayerKV
     segments: Segments
+    normed: Tensor
+    scores: tuple[Tensor, Tensor] | None
 
-    def attend(self, hidden: Tensor, rows: Tensor, counts: list[int]) -> Tensor:
-        """Output [S, C] of the layer for `rows`, int64 [S] of hidden, `counts` in each sequence."""
+    def attention(self, rows: Tensor, counts: list[int]) -> SurvivorAttention:
+        """Attention of `rows`, int64 [S], `counts` in each sequence; the layer's `output` is next.
+
+        It only reads what the layers have written, so it can run beside the gather of these rows.
+        """
         starts = self.segments.cu_seqlens[:-1].repeat_interleave(
             upload(torch.tensor(counts), rows.device), output_size=len(rows)
         )
         queries = Queries(Segments(counts, rows.device), rows - starts)
-        return self.block.attend(hidden[rows], self.rope[rows], self.kv, self.segments, queries)
+        q = self.block.query_of_normed(self.normed[rows], self.rope[rows])
+        return SurvivorAttention(q, *self.kv.in_use(), self.segments, queries)
 
 
 class PrefillState:
@@ -137,6 +150,7 @@ class PrefillState:
         kv = self._reserve(layers, counts)
         # The rows of a prefix have run to the end of its last layer, and all others are text.
         defer = not (self.pruning.needs.hidden or self.trace or prefix is not None or not layers)
+        reads = defer and layers[-1] in self.pruning.needs.attention
         hidden, inputs = run_layers(
             self.model.decoder,
             self.hidden,
@@ -147,12 +161,8 @@ class PrefillState:
             queries=self._queries(counts),
             probe=probe,
             capture=self.pruning.needs.attention,
-            write_last=defer,
+            write_last=partial(self._defer, reads) if defer else None,
         )
-        if defer:
-            last = layers[-1]
-            block = self.model.decoder.layers[last]
-            self.deferred = DeferredLayer(block, rope, kv.layer(last), segments)
         if prefix is not None and layers:
             hidden = torch.cat((prefix.hidden, hidden))
             inputs = {at: torch.cat((prefix.inputs[at], new)) for at, new in inputs.items()}
@@ -161,13 +171,25 @@ class PrefillState:
         self.processed += [self.batch.visual_counts] * len(layers)
         if layers:
             self.clock.lap(f"layers < {layer}")
-        return {at: self._attention(at, x, rope, kv) for at, x in inputs.items()}
+        return {at: self._attention(at, x, rope, kv, segments) for at, x in inputs.items()}
 
-    def _attention(self, layer: int, hidden: Tensor, rope: Rope, kv: Reserved) -> LayerAttention:
-        k, _ = kv.layer(layer).in_use()
-        block = self.model.decoder.layers[layer]
-        k = k if len(k) == len(self.rows) else k[self.rows]
-        return LayerAttention(block, hidden, rope, k, self.batch.counts)
+    def _defer(
+        self, reads: bool, block: Block, hidden: Tensor, rope: Rope, kv: LayerKV, segments: Segments
+    ) -> None:
+        """Runs a layer as far as the decision needs it, which reads its logits or does not."""
+        rows = self.query_rows if reads else None
+        normed, logits = block.write(hidden, rope, kv, segments, rows)
+        scores = None if logits is None else (self.query_rows, logits)
+        self.deferred = DeferredLayer(block, rope, kv, segments, normed, scores)
+
+    def _attention(
+        self, layer: int, hidden: Tensor, rope: Rope, kv: Reserved, segments: Segments
+    ) -> LayerAttention:
+        block, (k, _) = self.model.decoder.layers[layer], kv.layer(layer).in_use()
+        deferred, scores = self.deferred, None
+        if deferred is not None and deferred.block is block:
+            scores = deferred.scores
+        return LayerAttention(block, hidden, rope, k, segments, self.rows, scores)
 
     def _queries(self, counts: list[int]) -> Queries | None:
         """Which rows of the one prompt run, where a prefix holds the others; None if all run."""
@@ -222,20 +244,24 @@ class PrefillState:
         batch, depth = self.batch, self.model.depth
         self.batch, rows = batch.keep(decision.kept)
         survivors, counts = self.rows[rows], self.batch.counts
-        if self.deferred is not None:
-            self.hidden[survivors] = self.deferred.attend(self.hidden, survivors, counts)
-            self.deferred = None
-            self.clock.lap(f"layers < {self.layer}")
+        deferred = self.deferred
+        attends = None if deferred is None else deferred.attention(survivors, counts)
         if self.trace:
             self.traced = self.hidden[self.rows]
         if self.pruning.kv_drop == "all":
-            place = (counts, range(depth), self.headroom)
-            self.hidden, self.cache = self.cache.gather(self.hidden, survivors, *place)
+            place = (counts, range(depth), self.headroom, attends)
+            self.cache, self.hidden, attended = self.cache.gather(self.hidden, survivors, *place)
         else:
-            place = (batch.counts, self.cache.layers, self.headroom)
-            self.finished.append(self.cache.keep(self.rows, *place))
+            # Only the probes leave these layers.
+            place = (batch.counts, self.cache.layers, self.headroom, attends)
+            nothing = self.hidden[:, :0]
+            finished, _, attended = self.cache.gather(nothing, self.rows, *place)
+            self.finished.append(finished)
             self.hidden = self.hidden[survivors]
             self.cache = self._new_cache(range(self.layer, self.layer), counts, 0)
+        if deferred is not None and attended is not None:
+            self.hidden, self.deferred = deferred.block.output(self.hidden, attended), None
+            self.clock.lap(f"layers < {self.layer}")
         self.rows = torch.arange(len(rows), device=self.model.device)
         self.kept = self.kept.masked_scatter(self.kept, decision.kept)
         if decision.values is not None:
@@ -259,7 +285,7 @@ class PrefillState:
             Segments(counts, device),
             layers,
             queries=self._queries(counts),
-            write_last=True,
+            write_last=Block.write,
         )
         hidden = hidden[last]
         if layers:

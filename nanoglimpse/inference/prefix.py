@@ -19,7 +19,7 @@ from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.varlen import Segments
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.methods.options import ResolvedPruning
-from nanoglimpse.model.decoder import run_layers
+from nanoglimpse.model.decoder import Block, run_layers
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.rope import mrope
 
@@ -133,7 +133,7 @@ class Prefix:
             shared.layers,
             queries=queries,
             capture=shared.captured,
-            write_last=shared.stop is None,
+            write_last=Block.write if shared.stop is None else None,
         )
         return replace(
             self,

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nanoglimpse.config import TextConfig
 from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.reference.gather import SurvivorAttention
+from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.varlen import upload
 
 Rows = slice | Tensor
@@ -60,11 +62,10 @@ class LayerKV(NamedTuple):
     rows: Rows
     fresh: bool
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [T, H, D]; returns the keys and values that the pass attends to."""
-        k_rows, v_rows, rows = self.targets
-        k_rows[rows], v_rows[rows] = k, v
-        return (k, v) if self.fresh else self.in_use()
+    def append(self, qkv: Tensor, rope: Rope, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotates and writes rows [T, HQ + 2H, D]; returns q, and the k and v it attends to."""
+        q, _ = ops.rope_append(qkv, rope, *self.targets)
+        return q, *self.in_use()
 
     def in_use(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all rows in use, one sequence after another."""
@@ -73,7 +74,7 @@ class LayerKV(NamedTuple):
 
     @property
     def targets(self) -> tuple[Tensor, Tensor, Rows]:
-        """k, v [R, H, D] and the rows of them that a decode step writes."""
+        """k, v [R, H, D] and the rows of them that the pass writes."""
         return self.cache.k_rows[self.slot], self.cache.v_rows[self.slot], self.rows
 
     @property
@@ -182,8 +183,9 @@ class KVCache(Storage):
         return upload(torch.cat(spans), self.k.device)
 
     def _rows(self, first: Sequence[int], counts: Sequence[int]) -> Rows:
-        if len(first) == 1:
-            return slice(first[0], first[0] + counts[0])
+        stops = [start + n for start, n in zip(first, counts, strict=True)]
+        if stops[:-1] == list(first[1:]):
+            return slice(first[0], stops[-1])
         return self._numbers(first, counts)
 
     def layer(self, layer: int, sequence: int = 0) -> tuple[Tensor, Tensor]:
@@ -195,11 +197,17 @@ class KVCache(Storage):
     def keep(self, rows: Tensor, counts: Sequence[int], layers: range, headroom: int) -> "KVCache":
         """A compact cache of the surviving rows; arguments as `gather`."""
         nothing = self.k.new_empty(sum(self.lengths), 0)
-        return self.gather(nothing, rows, counts, layers, headroom)[1]
+        return self.gather(nothing, rows, counts, layers, headroom)[0]
 
     def gather(
-        self, hidden: Tensor, rows: Tensor, counts: Sequence[int], layers: range, headroom: int
-    ) -> tuple[Tensor, "KVCache"]:
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        counts: Sequence[int],
+        layers: range,
+        headroom: int,
+        attends: SurvivorAttention | None = None,
+    ) -> tuple["KVCache", Tensor, Tensor | None]:
         """Surviving hidden rows and a compact cache of them in one gather; this cache stays.
 
         Args:
@@ -209,9 +217,10 @@ class KVCache(Storage):
             layers: of the new cache, from the first layer of this one on; layers that this one does
                 not hold are left to be written.
             headroom: free rows after each sequence.
+            attends: attention to compute in the same launch; or None.
 
         Returns:
-            [S, C] and the new cache, whose S rows are in use.
+            The new cache, whose S rows are in use, [S, C], and the attention [S, HQ · D] or None.
         """
         capacity = [count + headroom for count in counts]
         new = KVCache(self.config, layers, capacity, self.next_position, self.k, self.ops)
@@ -220,8 +229,8 @@ class KVCache(Storage):
         # Headroom after a sequence shifts the next one, so hidden rows are numbered differently.
         source = self._numbers(self.starts, self.lengths)[rows] if apart else rows
         both = (self.k, self.v, none if apart else hidden, source, new.k[:own], new.v[:own])
-        kept = self.ops.gather(*both, new.reserve(counts).rows)
-        return (hidden[rows] if apart else kept), new
+        kept, attended = self.ops.gather(*both, new.reserve(counts).rows, attends)
+        return new, hidden[rows] if apart else kept, attended
 
     def snapshot(self) -> Snapshot:
         """The state that `restored` returns to."""

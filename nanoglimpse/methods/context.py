@@ -10,6 +10,7 @@ from nanoglimpse.config import ANCHORS
 from nanoglimpse.errors import UsageError
 from nanoglimpse.inputs.prompt import PackedBatch
 from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kernels.varlen import Segments
 from nanoglimpse.model.decoder import Block
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.vision import BlockStats, VisionOutput
@@ -130,31 +131,37 @@ class LayerAttention:
         block: the layer.
         hidden: its input, [T, C], or [T + B, C] with a probe row after each prompt.
         rope: tables of these rows.
-        k: [T, H, D], keys of the prompts' rows.
-        counts: rows of each prompt.
+        k: their keys, [T, H, D] or [T + B, H, D].
+        segments: the prompts that these rows make up.
+        rows: int64 [T], where the prompts' rows are among them.
+        scores: query rows, int64 [B], whose logits [T, HQ] or [T + B, HQ] are known, and these;
+            None if none are.
     """
 
     block: Block
     hidden: Tensor
     rope: Rope
     k: Tensor
-    counts: Sequence[int]
+    segments: Segments
+    rows: Tensor
+    scores: tuple[Tensor, Tensor] | None
 
     def logits(self, rows: Tensor) -> Tensor:
         """Raw logits [T, HQ] of one row a prompt, int64 [B] in `hidden`, to its prompt's rows."""
-        q = self.block.query(self.hidden[rows], self.rope[rows])
-        pairs = zip(q, self.k.split(list(self.counts)), strict=True)
-        return torch.cat([self.block.ops.row_logits(*pair) for pair in pairs])
+        if self.scores is not None and self.scores[0] is rows:
+            logits = self.scores[1]
+        else:
+            q = self.block.query(self.hidden[rows], self.rope[rows])
+            logits = self.block.ops.row_logits(q, self.k, self.segments)
+        return logits if len(logits) == len(self.rows) else logits[self.rows]
 
     def attention(self, rows: Tensor, prompt: int) -> Iterator[Tensor]:
         """Causal softmax of rows of one prompt, int64 [R]: one after another, [seen, HQ]."""
-        first = sum(self.counts[:prompt])
-        for q, seen in zip(
-            self.block.query(self.hidden[rows], self.rope[rows]),
-            (rows - first + 1).tolist(),
-            strict=True,
-        ):
-            yield self.block.ops.row_logits(q, self.k[first : first + seen]).float().softmax(0)
+        first, block = sum(self.segments.lengths[:prompt]), self.block
+        queries = block.query(self.hidden[rows], self.rope[rows])[:, None]
+        for q, row in zip(queries, rows.tolist(), strict=True):
+            seen = Segments([row + 1 - first], rows.device)
+            yield block.ops.row_logits(q, self.k[first : row + 1], seen).float().softmax(0)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ rows leave the cache of all layers.
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-
 from nanoglimpse.inputs.prompt import last_rows
+from nanoglimpse.kernels.varlen import Segments
 from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
 from nanoglimpse.methods.schedule import solve, unreachable
 from nanoglimpse.model.model import Model
@@ -60,7 +59,7 @@ class PyramidDrop(PruningMethod):
         rope = mrope(batch.positions, model.text)
         last = last_rows(batch.counts, hidden.device)
         _, k, _ = block.project(hidden, rope)
-        pairs = zip(block.query(hidden[last], rope[last]), k.split(batch.counts), strict=True)
-        logits = torch.cat([model.ops.row_logits(*pair) for pair in pairs])
+        q, segments = block.query(hidden[last], rope[last]), Segments(batch.counts, hidden.device)
+        logits = model.ops.row_logits(q, k, segments)
         again = context.with_ratio(share / before)
         return Decision(again.select(context.mean_softmax(logits), threshold=0.0))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.inputs.prompt import last_rows
-from nanoglimpse.kernels.varlen import upload
+from nanoglimpse.kernels.varlen import Segments, upload
 from nanoglimpse.methods.base import Decision, Needs, PruningContext, PruningMethod
 from nanoglimpse.methods.similarity import best, nearest, rest
 from nanoglimpse.model.model import Model
@@ -62,10 +62,10 @@ class VScan(PruningMethod):
         """Logits [T, HQ] of each prompt's last row in the next layer, unrotated."""
         block, batch = context.model.decoder.layers[self.layers(context.model)[1]], context.batch
         last = last_rows(batch.counts, context.hidden.device)
-        q = block.project_heads(context.hidden[last], 0, block.heads)
-        k = block.project_heads(context.hidden, block.heads, block.heads + block.kv_heads)
-        pairs = zip(q, k.split(batch.counts), strict=True)
-        return torch.cat([context.model.ops.row_logits(*pair) for pair in pairs])
+        normed = block.input_layernorm(context.hidden)
+        q = block.project_heads(normed[last], 0, block.heads)
+        k = block.project_heads(normed, block.heads, block.heads + block.kv_heads)
+        return context.model.ops.row_logits(q, k, Segments(batch.counts, normed.device))
 
     def _scan(self, context: PruningContext) -> Decision:
         local, whole = (context.block_stats.received[block] for block in context.block_stats.blocks)

@@ -1,8 +1,9 @@
 """The decoder of Qwen2.5-VL over packed sequences and a contiguous cache.
 
 A block runs either whole (`forward`), or in two steps: `write` puts the keys and values of all rows
-into the cache, and `attend` runs the rest for the rows whose result is needed. In the last layer
-these are the last row of each prompt, and in the layer after which a method prunes, the survivors.
+into the cache, and `query`, attention and `output` follow for the rows whose result is needed. In
+the last layer these are the last row of each prompt (`attend_last`), and in the layer after which a
+method prunes, the survivors.
 `decode` is one token of each sequence, with fused projections.
 """
 
@@ -17,7 +18,7 @@ from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.quantize import GROUP, fits
 from nanoglimpse.kernels.reference.attention import Queries
-from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kernels.reference.rope import Rope, rotate_qk
 from nanoglimpse.kernels.varlen import Segments
 from nanoglimpse.kvcache.cache import LayerKV
 from nanoglimpse.model.layers import MLP, Blocks, Embedding, FusedLinear, Linear, Module, RMSNorm
@@ -54,27 +55,36 @@ class Block(Module):
             segments: the sequences that these make up.
             queries: which of them the rows are; all if None.
         """
-        q, k, v = self.project(hidden, rope)
-        k, v = kv.append(k, v)
+        qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
+        q, k, v = kv.append(qkv, rope, self.ops)
         attended = self.ops.attention(q, k, v, segments, causal=True, queries=queries)
         return self.output(hidden, attended)
 
-    def write(self, hidden: Tensor, rope: Rope, kv: LayerKV) -> None:
-        """Keys and values of rows [T, C] into the cache."""
-        k, v = self.project_heads(hidden, self.heads, self.heads + 2 * self.kv_heads).chunk(2, 1)
-        kv.append(self.ops.rotate(k, rope), v)
+    def write(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        kv: LayerKV,
+        segments: Segments,
+        scored_by: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Keys and values of rows into the cache; the rest of the layer is left.
 
-    def attend(
-        self, hidden: Tensor, rope: Rope, kv: LayerKV, segments: Segments, queries: Queries
-    ) -> Tensor:
-        """The rest of the layer for some of the rows that have been written, [TQ, C] -> [TQ, C]."""
-        k, v = kv.in_use()
-        q = self.query(hidden, rope)
-        attended = self.ops.attention(q, k, v, segments, causal=True, queries=queries)
-        return self.output(hidden, attended)
+        Args:
+            hidden, rope, kv, segments: as `forward`.
+            scored_by: int64 [B], a row of each sequence, to score the keys of all rows with.
+
+        Returns:
+            The normed rows [T, C], and raw logits [T, HQ] or None without `scored_by`.
+        """
+        normed, scored = self.input_layernorm(hidden), None
+        if scored_by is not None:
+            scored = (self.query_of_normed(normed[scored_by], rope[scored_by]), segments)
+        keys_values = self.project_heads(normed, self.heads, self.heads + 2 * self.kv_heads)
+        return normed, self.ops.rope_append(keys_values, rope, *kv.targets, scored)[1]
 
     def attend_last(self, hidden: Tensor, rope: Rope, kv: LayerKV) -> Tensor:
-        """As `attend` for the last written row of each sequence, [B, C] -> [B, C]."""
+        """The rest of the layer for the last written row of each sequence, [B, C] -> [B, C]."""
         attended = self.ops.decode_attention(self.query(hidden, rope), *kv.sequences)
         return self.output(hidden, attended)
 
@@ -82,7 +92,7 @@ class Block(Module):
         """Writes and runs the next row of each sequence, [B, C] -> [B, C]."""
         ops, mlp = self.ops, self.mlp
         qkv = self.qkv.fused(hidden, ops, self.input_layernorm).view(*self.qkv_shape)
-        q = ops.rope_append(qkv, rope, *kv.targets)
+        q, _ = ops.rope_append(qkv, rope, *kv.targets)
         attended = ops.decode_attention(q, *kv.sequences)
         hidden = self.o.fused(attended, ops, residual=hidden)
         inner = mlp.gate_up.fused(hidden, ops, self.post_attention_layernorm, gated=True)
@@ -90,20 +100,21 @@ class Block(Module):
 
     def query(self, hidden: Tensor, rope: Rope) -> Tensor:
         """q [T, HQ, D] of rows [T, C]."""
-        return self.ops.rotate(self.project_heads(hidden, 0, self.heads), rope)
+        return self.query_of_normed(self.input_layernorm(hidden), rope)
+
+    def query_of_normed(self, normed: Tensor, rope: Rope) -> Tensor:
+        """As `query`, of rows to which the layer's first norm has been applied."""
+        return self.ops.rotate(self.project_heads(normed, 0, self.heads), rope)
 
     def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, HQ, D], k and v [T, H, D] of rows [T, C]."""
         qkv = self.qkv(self.input_layernorm(hidden)).view(*self.qkv_shape)
-        qk, v = qkv.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), 1)
-        q, k = self.ops.rotate(qk, rope).split_with_sizes((self.heads, self.kv_heads), 1)
-        return q, k, v
+        return rotate_qk(qkv, rope, self.kv_heads, self.ops.rotate)
 
-    def project_heads(self, hidden: Tensor, first: int, stop: int) -> Tensor:
+    def project_heads(self, normed: Tensor, first: int, stop: int) -> Tensor:
         """Heads `first` to `stop` of the projection [q | k | v] of normed rows, [T, heads, D]."""
-        normed = self.input_layernorm(hidden)
         out = self.qkv.slice(normed, first * self.head_dim, stop * self.head_dim)
-        return out.view(len(hidden), stop - first, self.head_dim)
+        return out.view(len(normed), stop - first, self.head_dim)
 
     def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, MLP and the two residual sums."""
@@ -229,7 +240,7 @@ def run_layers(
     queries: Queries | None = None,
     probe: Probe | None = None,
     capture: Sequence[int] = (),
-    write_last: bool = False,
+    write_last: Callable[..., object] | None = None,
     call: Callable[..., Tensor] = run_block,
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Runs decoder layers over packed rows: the one loop of prefill, prefixes and training.
@@ -243,7 +254,7 @@ def run_layers(
         layers: which of them.
         probe: added before each layer.
         capture: layers whose input is returned.
-        write_last: the last of the layers only writes; `Block.attend` has to finish it.
+        write_last: `Block.write`, or what calls it. The last of the layers then only writes.
         call: runs a block; a trainer may compute activations again in the backward pass.
 
     Returns:
@@ -258,7 +269,7 @@ def run_layers(
         if layer in capture:
             captured[layer] = hidden
         if write_last and layer == layers[-1]:
-            block.write(hidden, rope, kv.layer(layer))
+            write_last(block, hidden, rope, kv.layer(layer), segments)
         else:
             hidden = call(block, hidden, rope, kv.layer(layer), segments, queries)
     return hidden, captured

@@ -174,7 +174,8 @@ class GlimpseTask:
             hidden[rows.probe_rows] = 0
         rope, probes = mrope(rows.positions, text), rows.probe_rows
         read = self.config.selected_layers[0]
-        keys, depth = KeptKeys(read), text.num_hidden_layers if self.losses.lm else read + 1
+        keys = KeptKeys(read, text.num_key_value_heads)
+        depth = text.num_hidden_layers if self.losses.lm else read + 1
         saves = self.checkpointing and torch.is_grad_enabled()
         hidden, inputs = run_layers(
             decoder,

@@ -287,7 +287,8 @@ class BaseTask:
         # The last layer before pruning, whose attention the glimpse uses.
         depth = len(decoder.layers)
         last = two_thirds(depth) - 1
-        keys, layers = KeptKeys(last), range(depth)
+        keys = KeptKeys(last, self.config.text_config.num_key_value_heads)
+        layers = range(depth)
         hidden, inputs = run_layers(
             decoder, hidden, rope, keys, rows.layout, layers, capture=(last,)
         )

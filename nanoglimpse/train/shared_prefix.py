@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.reference.rope import Rope, rotate_qk
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.varlen import Segments
 from nanoglimpse.kvcache.cache import LayerKV
@@ -88,12 +90,16 @@ OPS = replace(TORCH, attention=attention)
 class KeptKeys:
     """Where training writes keys and values: only the keys of one layer are kept.
 
+    Args:
+        kept: the layer.
+        heads: kv heads.
+
     Attributes:
         k: [T, H, D], keys of the layer.
     """
 
-    def __init__(self, kept: int):
-        self.kept, self.k = kept, torch.empty(0)
+    def __init__(self, kept: int, heads: int):
+        self.kept, self.heads, self.k = kept, heads, torch.empty(0)
 
     def layer(self, layer: int) -> LayerKV:
         """As `kvcache.cache.Reserved.layer`; a block only appends to it."""
@@ -104,10 +110,11 @@ class _Layer(NamedTuple):
     keys: KeptKeys
     layer: int
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, qkv: Tensor, rope: Rope, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rotate_qk(qkv, rope, self.keys.heads, ops.rotate)
         if self.layer == self.keys.kept:
             self.keys.k = k
-        return k, v
+        return q, k, v
 
 
 def visual_logits(q: Tensor, k: Tensor, pictures: int) -> Tensor:

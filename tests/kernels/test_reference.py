@@ -88,7 +88,7 @@ def test_attention_colsum():
 def test_rope_append_writes_rows(rows):
     qkv, rope = torch.randn(5, 10, 4), Rope.of(torch.randn(5, 2))
     k_rows, v_rows = torch.full((2, 9, 2, 4), torch.nan)
-    q = TORCH.rope_append(qkv, rope, k_rows, v_rows, rows)
+    q, _ = TORCH.rope_append(qkv, rope, k_rows, v_rows, rows)
     assert torch.equal(q, TORCH.rotate(qkv[:, :6], rope))
     assert torch.equal(k_rows[rows], TORCH.rotate(qkv[:, 6:8], rope))
     assert torch.equal(v_rows[rows], qkv[:, 8:])
@@ -115,11 +115,11 @@ def test_decode_attention_reads_only_its_rows(sequences):
 
 
 def test_row_logits_are_raw_and_in_query_head_order():
-    q, k = torch.randn(6, 8), torch.randn(5, 2, 8)
-    ours = TORCH.row_logits(q, k)
+    q, k = torch.randn(2, 6, 8), torch.randn(5, 2, 8)
+    ours = TORCH.row_logits(q, k, Segments([2, 3]))
     for row in range(5):
         for head in range(6):
-            expected = k[row, head // 3] @ q[head] / math.sqrt(8)
+            expected = k[row, head // 3] @ q[int(row >= 2), head] / math.sqrt(8)
             torch.testing.assert_close(ours[row, head], expected)
 
 
@@ -184,7 +184,7 @@ def test_gather_writes_only_its_target(target_rows):
     (k, v), hidden = torch.randn(2, 3, 9, 2, 4), torch.randn(9, 5)
     new = torch.full((2, 5, 7, 2, 4), torch.nan)
     rows = torch.tensor([8, 0, 5])
-    kept = TORCH.gather(k, v, hidden, rows, new[0, :3], new[1, :3], target_rows)
+    kept, _ = TORCH.gather(k, v, hidden, rows, new[0, :3], new[1, :3], target_rows)
     assert torch.equal(new[0, :3, target_rows], k[:, rows])
     assert torch.equal(new[1, :3, target_rows], v[:, rows])
     assert torch.equal(kept, hidden[rows])

@@ -11,6 +11,7 @@ import torch
 from nanoglimpse import Prompt, load
 from nanoglimpse.kernels.backends import select
 from nanoglimpse.kernels.reference.attention import Queries
+from nanoglimpse.kernels.reference.gather import SurvivorAttention
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.varlen import Segments
@@ -261,8 +262,9 @@ def test_gather(dtype, sliced, survivors, size):
     targets = slice(11, 11 + survivors) if sliced else torch.randperm(170)[:survivors].to(DEVICE)
     new, expected = torch.full((2, 2, 5, 170, 2, 10), torch.nan).to(DEVICE, dtype)
     args = (k, v, hidden, rows.to(DEVICE))
-    kept = TRITON.gather(*args, new[0, :3], new[1, :3], targets)
-    assert torch.equal(kept, TORCH.gather(*args, expected[0, :3], expected[1, :3], targets))
+    kept, _ = TRITON.gather(*args, new[0, :3], new[1, :3], targets)
+    truth = TORCH.gather(*args, expected[0, :3], expected[1, :3], targets)
+    assert torch.equal(kept, truth[0])
     assert torch.equal(new.nan_to_num(7), expected.nan_to_num(7))
 
 
@@ -393,7 +395,7 @@ def test_rope_append(dtype, sliced):
     for ops in (TRITON, TORCH):
         k, v = torch.full((2, 90, 2, 24), torch.nan, device=DEVICE, dtype=dtype)
         rope = Rope.of(10 * angles)
-        q = ops.rope_append(qkv, rope, k, v, rows)
+        q, _ = ops.rope_append(qkv, rope, k, v, rows)
         assert int(k.isfinite().sum()) == int(v.isfinite().sum()) == 67 * 48
         both.append((q, k[rows], v[rows]))
     for ours, low, truth in zip(*both, exact.split((6, 2, 2), 1), strict=True):
@@ -405,16 +407,164 @@ def test_rope_append_reads_its_row():
 
     def append(x):
         k, v = torch.zeros(2, 67, 2, 24, device=DEVICE)
-        q = TRITON.rope_append(x, rope, k, v, slice(0, 67))
+        q, _ = TRITON.rope_append(x, rope, k, v, slice(0, 67))
         return torch.cat((q, k, v), 1)
 
     assert changed(append, randn(67, 10, 24), 0, 40, 66) == [[0], [40], [66]]
+
+
+def exact_logits(q, k, lengths):
+    """Raw logits in fp64 of each row for the query of its segment, [T, HQ]."""
+    parts = []
+    for own, keys in zip(q.double(), k.double().split(lengths), strict=True):
+        keys = keys.repeat_interleave(len(own) // k.shape[1], 1)
+        parts.append(torch.einsum("hd,nhd->nh", own, keys) / k.shape[-1] ** 0.5)
+    return torch.cat(parts)
+
+
+LENGTHS = [(67,), (33, 1, 70), (1, 1, 2, 90)]
+
+
+@dtypes
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 9), (28, 4, 128), (3, 3, 80)])
+def test_row_logits(dtype, lengths, heads, kv_heads, width):
+    """The keys are some of the heads of wider rows, as of a projection of q and k."""
+    rows = sum(lengths)
+    q, k = randn(len(lengths), heads, width, dtype=dtype), randn(rows, 9, width, dtype=dtype)
+    k, segments = k[:, 9 - kv_heads :], Segments(lengths, DEVICE)
+    ours, low = (ops.row_logits(q, k, segments) for ops in (TRITON, TORCH))
+    check(ours, low, exact_logits(q, k, lengths))
+
+
+def test_row_logits_read_the_query_of_their_segment():
+    lengths = (33, 1, 70)
+    q, k, segments = randn(3, 6, 24), randn(104, 2, 24), Segments(lengths, DEVICE)
+    own = changed(lambda q: TRITON.row_logits(q, k, segments), q, 0, 1, (2, 5))
+    assert own == [[*range(33)], [33], [*range(34, 104)]]
+    assert changed(lambda k: TRITON.row_logits(q, k, segments), k, 0, 32, (33, 1), 103) == [
+        [0],
+        [32],
+        [33],
+        [103],
+    ]
+
+    def by_head(q):
+        return TRITON.row_logits(q.transpose(0, 1), k[:33], Segments([33], DEVICE)).T
+
+    assert changed(by_head, q[:1].transpose(0, 1), 0, 3, 5) == [[0], [3], [5]]
+
+
+@dtypes
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    ("queries", "heads", "kv_heads", "width"), [(0, 6, 2, 24), (6, 6, 2, 24), (0, 28, 4, 128)]
+)
+def test_rope_append_scores(dtype, sliced, lengths, queries, heads, kv_heads, width):
+    """With and without heads of q; logits are those of the keys that the cache then holds."""
+    rows = sum(lengths)
+    wide = randn(rows, queries + 2 * kv_heads + 1, width, dtype=dtype)
+    qkv, angles = wide[:, 1:], 10 * randn(rows, width // 2)
+    places = slice(5, 5 + rows) if sliced else torch.randperm(rows + 9)[:rows].to(DEVICE)
+    scored = (randn(len(lengths), heads, width, dtype=dtype), Segments(lengths, DEVICE))
+    exact = qkv.double()
+    rotated = queries + kv_heads
+    exact[:, :rotated] = exact_rotation(exact[:, :rotated], angles)
+    both = []
+    for ops in (TRITON, TORCH):
+        k, v = torch.full((2, rows + 9, kv_heads, width), torch.nan, device=DEVICE, dtype=dtype)
+        q, logits = ops.rope_append(qkv, Rope.of(angles), k, v, places, scored)
+        assert q.shape == (rows, queries, width)
+        assert int(k.isfinite().sum()) == int(v.isfinite().sum()) == rows * kv_heads * width
+        torch.testing.assert_close(logits, ops.row_logits(scored[0], k[places], scored[1]))
+        both.append((torch.cat((q, k[places], v[places]), 1), logits))
+    truth = (exact, exact_logits(scored[0], exact[:, queries : queries + kv_heads], lengths))
+    for ours, low, wanted in zip(*both, truth, strict=True):
+        check(ours, low, wanted)
+
+
+def test_scored_keys_belong_to_their_segment():
+    lengths, rope = (33, 1, 70), Rope.of(randn(104, 12))
+    q, qkv = randn(3, 6, 24), randn(104, 10, 24)
+
+    def score(q, qkv=qkv):
+        k, v = torch.zeros(2, 104, 2, 24, device=DEVICE)
+        scored = (q, Segments(lengths, DEVICE))
+        return TRITON.rope_append(qkv, rope, k, v, slice(0, 104), scored)[1]
+
+    assert changed(score, q, 0, 1, 2) == [[*range(33)], [33], [*range(34, 104)]]
+    # Of a row's heads its keys alone are scored.
+    places = [(row, head) for row in (0, 33, 103) for head in (0, 5, 6, 7, 8, 9)]
+    scored_rows = [[row] if head in (6, 7) else [] for row, head in places]
+    assert changed(lambda x: score(q, x), qkv, *places) == scored_rows
+
+
+@dtypes
+@pytest.mark.parametrize("sliced", [True, False])
+@pytest.mark.parametrize(
+    ("lengths", "share", "layers", "heads", "kv_heads", "width", "size"),
+    [
+        ((70, 100, 5), 3, 3, 6, 2, 24, 50),
+        ((201,), 9, 5, 3, 1, 80, 90),
+        # Widths of 7B, and more tiles than attention has programs.
+        ((1, 90), 5, 20, 28, 4, 128, 3584),
+        ((40,), 1, 2, 4, 2, 9, 7),
+    ],
+)
+def test_gather_beside_attention(
+    dtype, sliced, lengths, share, layers, heads, kv_heads, width, size
+):
+    """The copies are those of a gather bit by bit, and attention is that of its own launch."""
+    total = sum(lengths)
+    ends = Segments(lengths).cu_seqlens[1:].tolist()
+    rows = sorted({*range(0, total, share), *(end - 1 for end in ends)})
+    survivors = torch.tensor(rows, device=DEVICE)
+    k, v = randn(2, layers, total, kv_heads, width, dtype=dtype)
+    hidden, q = randn(total, size, dtype=dtype), randn(len(rows), heads, width, dtype=dtype)
+    segments, queries = Segments(lengths, DEVICE), queries_of(lengths, rows)
+    attends = SurvivorAttention(q, k[-1], v[-1], segments, queries)
+    targets = (
+        slice(11, 11 + len(rows))
+        if sliced
+        else torch.randperm(len(rows) + 30)[: len(rows)].to(DEVICE)
+    )
+    places = (2, 2, layers + 2, len(rows) + 30, kv_heads, width)
+    new, expected = torch.full(places, torch.nan).to(DEVICE, dtype)
+    args = (k, v, hidden, survivors)
+    ours = TRITON.gather(*args, *new[:, :layers], targets, attends)
+    theirs = TORCH.gather(*args, *expected[:, :layers], targets, attends)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(new.nan_to_num(7), expected.nan_to_num(7))
+    exact, _ = exact_attention(q, k[-1], v[-1], visible(lengths, True, rows))
+    check(ours[1], theirs[1], exact)
+    alone = TRITON.attention(q, k[-1], v[-1], segments, causal=True, queries=queries)
+    assert torch.equal(ours[1], alone)
+
+
+def test_nothing_to_score_or_to_gather():
+    q, k, none = randn(0, 6, 8), randn(0, 2, 8), Segments([], DEVICE)
+    assert TRITON.row_logits(q, k, none).shape == (0, 6)
+    cache = torch.zeros(2, 0, 2, 8, device=DEVICE)
+    _, logits = TRITON.rope_append(
+        randn(0, 4, 8), Rope.of(randn(0, 4)), *cache, slice(0, 0), (q, none)
+    )
+    assert logits.shape == (0, 6)
+    rows = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    attends = SurvivorAttention(q, k, k, none, Queries(none, rows))
+    caches = torch.zeros(2, 3, 0, 2, 8, device=DEVICE)
+    kept, attended = TRITON.gather(*caches, randn(0, 5), rows, *caches, slice(0, 0), attends)
+    assert kept.shape == (0, 5)
+    assert attended.shape == (0, 48)
 
 
 def test_without_a_kernel_the_reference_runs():
     """For other dtypes, and for heads that are too wide."""
     x = randn(7, 4, 12, dtype=torch.float64)
     assert torch.equal(TRITON.swiglu(x), TORCH.swiglu(x))
+    one = Segments([7], DEVICE)
+    ours, expected = (ops.row_logits(x[:1], x[:, :2], one) for ops in (TRITON, TORCH))
+    assert torch.equal(ours, expected)
     for many in (randn(17, 12), x[0]):
         weight = randn(5, 12, dtype=many.dtype)
         assert torch.equal(TRITON.skinny_linear(many, weight), TORCH.skinny_linear(many, weight))

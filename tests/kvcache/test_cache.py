@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanoglimpse.config import parse_config
+from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kvcache.cache import KVCache
 from tests.helpers.tiny import config_dict
@@ -21,7 +22,9 @@ def fill(cache, counts):
     reserved = cache.reserve(counts)
     k, v = torch.randn(2, len(cache.k), sum(counts), 2, 8)
     for layer in range(len(cache.k)):
-        reserved.layer(layer).append(k[layer], v[layer])
+        # No heads of q, and angles of 0, so that keys are written as they are.
+        kv, rope = torch.cat((k[layer], v[layer]), 1), Rope.of(torch.zeros(sum(counts), 4))
+        reserved.layer(layer).append(kv, rope, TORCH)
     return k, v
 
 

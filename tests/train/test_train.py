@@ -115,8 +115,8 @@ def test_a_branch_is_computed_as_if_it_were_alone(engine, gap):
         visual, _ = engine.vision(rows.patches, rows.grids)
         hidden = decoder.embed_tokens(rows.token_ids).index_copy(0, rows.visual_rows, visual)
         rope = mrope(rows.positions, engine.config.text_config)
-        layers = range(len(decoder.layers))
-        hidden, _ = run_layers(decoder, hidden, rope, KeptKeys(0), layout, layers)
+        layers, keys = range(len(decoder.layers)), KeptKeys(0, decoder.layers[0].kv_heads)
+        hidden, _ = run_layers(decoder, hidden, rope, keys, layout, layers)
     ends = layout.branch_start + torch.arange(6) * layout.branch_rows
     for number, (example, one) in enumerate((e, a) for e in examples for a in e.qas):
         prompt = engine.prompt(example.image, one.question)
