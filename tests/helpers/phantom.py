@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from nanoglimpse import load
 from nanoglimpse.engine import Engine
 from nanoglimpse.kernels.backends import select
-from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.varlen import Segments
@@ -445,13 +444,11 @@ def fused():
         def call(*args, **options):
             flat = tree_flatten((args, options))[0]
             phantoms = [x for x in flat if isinstance(x, Phantom)]
-            # Segments, queries and tables are no trees of tensors.
-            inside = [PLAIN.get(type(x), plain)(x) for x in args]
-            options = {key: PLAIN.get(type(x), plain)(x) for key, x in options.items()}
-            inside = tree_map(plain, inside)
-            out = reference(*inside, **options)
+            values = inside(args)
+            options = {key: inside(x) for key, x in options.items()}
+            out = reference(*values, **options)
             if LEDGER.tape is not None:
-                LEDGER.tape.append((reference, inside, options, out))
+                LEDGER.tape.append((reference, values, options, out))
             results = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
             LEDGER.launch(name, [*map(plain, phantoms), *results])
             return tree_map_only(torch.Tensor, lambda x: Phantom(x, phantoms[0].device), out)
@@ -463,17 +460,18 @@ def fused():
     return replace(gpu, **{name: one_launch(name, getattr(TORCH, name)) for name in names})
 
 
-def plain_segments(segments):
-    copy = object.__new__(Segments)
-    copy.__dict__ = {name: plain(x) for name, x in vars(segments).items()}
-    return copy
-
-
-PLAIN = {
-    Segments: plain_segments,
-    Queries: lambda x: Queries(plain_segments(x.segments), plain(x.positions)),
-    Rope: lambda x: Rope(plain(x.cos), plain(x.sin)),
-}
+def inside(x):
+    """An argument of an operation with the tensors behind its phantoms."""
+    if isinstance(x, Segments):
+        copy = object.__new__(Segments)
+        copy.__dict__ = {name: plain(value) for name, value in vars(x).items()}
+        return copy
+    if isinstance(x, Rope):
+        return Rope(plain(x.cos), plain(x.sin))
+    if isinstance(x, tuple):
+        values = map(inside, x)
+        return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+    return plain(x)
 
 
 def engine_on(device, *args, backend="auto", **options):
