@@ -43,7 +43,7 @@ def load_model(
     """
     ops, dtype_ = select(backend, device), find_dtype(dtype, device, config)
     if quantize is not None:
-        check_supported(quantize, device, dtype_)
+        check_supported(quantize, device, ops)
     eos, own = read_eos(folder / "generation_config.json", config), folder / "glimpse"
     source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
     extra = load_glimpse(source, config, ops, dtype_, device) if source else None

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoglimpse.kernels.reference import decode_attention as reference
-from nanoglimpse.kernels.triton_ops.launch import launch, supported_heads
+from nanoglimpse.kernels.triton_ops.launch import counters, launch, supported_heads
 
 # Keys per step. With 64 keys, two stages and a head of 128 a program takes 38 KiB of shared memory
 # and 143 registers per thread on Hopper, so that three share a multiprocessor and overlap loads.
@@ -142,10 +142,7 @@ def _combine(
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor
 ) -> Tensor:
-    """As the reference, in one launch.
-
-    The counters are shared by all calls, so calls must not overlap on two streams of a device.
-    """
+    """As the reference, in one launch."""
     if not supported_heads(q, k, v):
         return reference.decode_attention(q, k, v, starts, lengths)
     (sequences, query_heads, width), heads = q.shape, k.shape[1]
@@ -172,7 +169,7 @@ def decode_attention(
         out,
         q.new_empty(*scratch, width, dtype=torch.float32),
         q.new_empty(2, *scratch, dtype=torch.float32),
-        _counters(triton.next_power_of_2(sequences * heads), q.device),
+        counters(triton.next_power_of_2(sequences * heads), q.device),
         math.log2(math.e) * width**-0.5,
         q.stride(0),
         k.stride(1),
@@ -199,8 +196,3 @@ def _on_device(
 ) -> tuple[Tensor, Tensor]:
     spans = torch.tensor((starts, lengths), dtype=torch.int32, device=device)
     return spans[0], spans[1]
-
-
-@lru_cache
-def _counters(count: int, device: torch.device) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -5,6 +5,7 @@ would compile another variant for the value 1 and for multiples of 16, in the mi
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -63,3 +64,12 @@ def launch(
     if math.prod(grid):
         # Explicit because Triton 3.10 changes the default. torch's own kernels fuse as well.
         kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+@lru_cache
+def counters(count: int, device: torch.device) -> Tensor:
+    """int32 [count] that are 0 between launches, for programs that combine their partial sums.
+
+    They are shared by all calls, so calls must not overlap on two streams of a device.
+    """
+    return torch.zeros(count, dtype=torch.int32, device=device)

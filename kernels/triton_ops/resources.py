@@ -18,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+from nanoglimpse.kernels.quantize import MODES, quantize
 from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.triton_ops.registry import TRITON
@@ -51,6 +52,7 @@ class Resources(NamedTuple):
         registers: registers per thread.
         spilled: bytes per thread (NVIDIA) or registers per lane (AMD) that spill.
         shared: bytes of shared memory of a program.
+        ptx: its code, as tests read it; empty on AMD.
     """
 
     target: str
@@ -60,6 +62,7 @@ class Resources(NamedTuple):
     registers: int
     spilled: int
     shared: int
+    ptx: str
 
 
 def compile_all(
@@ -116,6 +119,16 @@ def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator
     yield "step, mlp", partial(step, _empty(2 * inner, size), gated=True)
     down = partial(TRITON.skinny_linear, _empty(1, inner), _empty(size, inner))
     yield "step, down", partial(down, residual=row)
+    for mode in MODES:
+        for name, n, options in (
+            ("qkv", columns, {"norm": (norm, 1e-6)}),
+            ("mlp", 2 * inner, {"norm": (norm, 1e-6), "gated": True}),
+            ("o", size, {"residual": row}),
+        ):
+            packed, matmul = quantize(_empty(n, size), mode, TRITON)
+            few = partial(TRITON.skinny_linear, row, packed, matmul=matmul)
+            yield f"step, {name}, {mode}", partial(few, **options)
+        yield f"dense, {mode}", partial(matmul, _empty(ROWS, size), packed, None)
     layer = k.transpose(0, 1)[None]
     yield "decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
     cache, target = (_empty(LAYERS, n, kv_heads, 128) for n in (ROWS, 700))
@@ -195,7 +208,8 @@ def _resources(target: str, case: str, kernel: CompiledKernel) -> Resources:
     measure = _cubin if "cubin" in kernel.asm else _amdgcn
     registers, spilled = measure(kernel)
     meta = kernel.metadata
-    return Resources(target, case, meta.name, meta.num_warps, registers, spilled, meta.shared)
+    ptx = kernel.asm.get("ptx", "")
+    return Resources(target, case, meta.name, meta.num_warps, registers, spilled, meta.shared, ptx)
 
 
 def _cubin(kernel: CompiledKernel) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -33,7 +34,7 @@ def compiled(targets, only=()):
         text=True,
     )
     table = [json.loads(line) for line in done.stdout.splitlines()]
-    for target, case, kernel, warps, registers, spilled, shared, limit in table:
+    for target, case, kernel, warps, registers, spilled, shared, _, limit in table:
         where = (target, case, kernel)
         assert spilled == 0, where
         # With more registers than that, not even one program fits on a multiprocessor.
@@ -43,9 +44,58 @@ def compiled(targets, only=()):
     return table
 
 
-def test_every_kernel_compiles_for_hopper():
+@pytest.fixture(scope="module")
+def hopper():
+    return compiled(["sm_90"])
+
+
+def test_every_kernel_compiles_for_hopper(hopper):
     """At the shapes of 3B and 7B no kernel spills, and shared memory suffices."""
-    assert len({kernel for _, _, kernel, *_ in compiled(["sm_90"])}) == 9
+    assert len({kernel for _, _, kernel, *_ in hopper}) == 10
+
+
+def loops(ptx):
+    """The lines of each innermost loop that multiplies on tensor cores."""
+    lines, starts, found = ptx.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$\w+):", line):
+            starts[label[1]] = number
+        elif (jump := re.search(r"\sbra(?:\.uni)?\s+(\$\w+)", line)) and jump[1] in starts:
+            found.append((starts[jump[1]], number))
+    inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    bodies = [lines[first:last] for first, last in inner]
+    return [body for body in bodies if any("mma." in line for line in body)]
+
+
+def test_steps_of_a_product_do_not_wait_for_memory(hopper):
+    """In loops that read a matrix or a cache, whatever is loaded is on its way for steps."""
+    for _, case, kernel, *_, ptx, _ in hopper:
+        if kernel not in ("_skinny_linear_kernel", "_decode_attention_kernel") or "fp32" in case:
+            continue
+        bodies = loops(ptx)
+        assert bodies, case
+        for body in bodies:
+            assert any("cp.async" in line for line in body), case
+            assert not [line for line in body if "ld.global" in line], case
+
+
+def test_partial_sums_are_complete_before_they_are_added(hopper):
+    """All stores, a barrier, the counter, a barrier, and then loads past the L1 cache only."""
+    split = 0
+    for _, case, *_, ptx, _ in hopper:
+        events = re.findall(r"st\.global|ld\.global\.cg|bar\.sync|atom\.global\S*", ptx)
+        counters = [event for event in events if "atom" in event]
+        if not counters:
+            continue
+        split += 1
+        assert all("gpu.acq_rel" in event for event in counters), case
+        at = events.index(counters[0])
+        before, after = events[:at][::-1], events[at + 1 :]
+        # From the counter backwards and forwards, a barrier comes first.
+        assert before.index("bar.sync") < before.index("st.global"), case
+        assert after.index("bar.sync") < after.index("ld.global.cg"), case
+        assert "ld.global.cg" not in before, case
+    assert split >= 6
 
 
 def test_the_tightest_kernels_compile_for_every_target():
