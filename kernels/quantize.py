@@ -11,6 +11,7 @@ expands it in registers, and a product of many rows goes through a dense copy.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,8 @@ def pack_pairs(levels: Levels) -> Levels:
     return Levels((high << 4 | low).to(torch.uint8).flatten(1), scales.contiguous())
 
 
-class QuantizedMatmul(NamedTuple):
+@dataclass(frozen=True)
+class QuantizedMatmul:
     """x Wᵀ + b for a matrix that `quantize` packed.
 
     Attributes:

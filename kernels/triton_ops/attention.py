@@ -182,30 +182,11 @@ def _launch(
     blocks = triton.cdiv(longest, sizes["BLOCK_M"])
     (d1, d2), (dv1, dv2) = split_head_dim(width), split_head_dim(v_width)
     out = q.new_empty(rows, query_heads * v_width)
-    launch(
-        _attention_kernel,
-        (blocks * len(q_segments.lengths), query_heads),
-        q,
-        k,
-        v,
-        out,
-        q_segments.cu_seqlens,
-        segments.cu_seqlens,
-        queries.positions if queries and causal else None,
-        math.log2(math.e) * width**-0.5,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        blocks,
-        query_heads,
-        query_heads // heads,
-        D=width,
-        DV=v_width,
-        D1=d1,
-        D2=d2,
-        DV1=dv1,
-        DV2=dv2,
-        CAUSAL=causal,
-        **sizes,
-    )
+    positions = queries.positions if queries and causal else None
+    tensors = (q, k, v, out, q_segments.cu_seqlens, segments.cu_seqlens, positions)
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    numbers = math.log2(math.e) * width**-0.5, *strides, blocks, query_heads, query_heads // heads
+    sizes |= {"D": width, "DV": v_width, "D1": d1, "D2": d2, "DV1": dv1, "DV2": dv2}
+    grid = (blocks * len(q_segments.lengths), query_heads)
+    launch(_attention_kernel, grid, *tensors, *numbers, CAUSAL=causal, **sizes)
     return out

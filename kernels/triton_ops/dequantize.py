@@ -76,16 +76,8 @@ def dequantize(weight: Tensor, scales: Tensor, columns: int) -> Tensor:
     assert scales.is_contiguous()
     is_int8 = weight.dtype == torch.int8
     out = scales.new_empty(len(weight), columns)
-    launch(
-        _dequantize_kernel,
-        (triton.cdiv(len(weight), BLOCK_N), triton.cdiv(columns, 2 * GROUP)),
-        weight,
-        scales if is_int8 else as_words(scales),
-        out,
-        len(weight),
-        K=columns,
-        BITS=8 if is_int8 else 4,
-        BLOCK_N=BLOCK_N,
-        GROUP=GROUP,
-    )
+    grid = (triton.cdiv(len(weight), BLOCK_N), triton.cdiv(columns, 2 * GROUP))
+    sizes = {"K": columns, "BITS": 8 if is_int8 else 4, "BLOCK_N": BLOCK_N, "GROUP": GROUP}
+    scales = scales if is_int8 else as_words(scales)
+    launch(_dequantize_kernel, grid, weight, scales, out, len(weight), **sizes)
     return out

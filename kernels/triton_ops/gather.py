@@ -74,27 +74,11 @@ def gather(
     for x in (k, v, hidden, rows, new_k, new_v):
         assert x.is_contiguous()
     new_hidden = hidden.new_empty(count, hidden.shape[1])
-    block_s, block_w = tile_shape(count, width)
+    block_s, block_w = tile_shape(width)
     target, first = row_target(target_rows)
-    launch(
-        _gather_kernel,
-        (triton.cdiv(count, block_s), 2 * layers + triton.cdiv(hidden.shape[1], width)),
-        k,
-        v,
-        hidden,
-        rows,
-        new_k,
-        new_v,
-        new_hidden,
-        target,
-        first,
-        k.stride(0),
-        new_k.stride(0),
-        layers,
-        count,
-        hidden.shape[1],
-        WIDTH=width,
-        BLOCK_S=block_s,
-        BLOCK_W=block_w,
-    )
+    grid = (triton.cdiv(count, block_s), 2 * layers + triton.cdiv(hidden.shape[1], width))
+    tensors = (k, v, hidden, rows, new_k, new_v, new_hidden, target)
+    numbers = first, k.stride(0), new_k.stride(0), layers, count, hidden.shape[1]
+    sizes = {"WIDTH": width, "BLOCK_S": block_s, "BLOCK_W": block_w}
+    launch(_gather_kernel, grid, *tensors, *numbers, **sizes)
     return new_hidden

@@ -33,11 +33,13 @@ def supported_heads(*tensors: Tensor) -> bool:
     return supported(*tensors) and all(x.shape[-1] <= MAX_HEAD_DIM for x in tensors)
 
 
-def tile_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile that spans all columns and has about `TILE` elements."""
+def tile_shape(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile that spans all columns and has about `TILE` elements.
+
+    It does not depend on the number of rows: few rows would need variants of their own.
+    """
     width = triton.next_power_of_2(columns)
-    height = min(TILE // width, triton.next_power_of_2(rows))
-    return max(height, 1), width
+    return max(TILE // width, 1), width
 
 
 def row_target(rows: slice | Tensor) -> tuple[Tensor | None, int]:

@@ -193,39 +193,25 @@ def skinny_linear(
         (residual, (rows, outer)),
     ):
         assert y is None or (y.shape == shape and y.is_contiguous())
-    out, added = x.new_empty(rows, outer), residual if bias is None else bias.expand(rows, -1)
     # fp32 has twice the bytes, hence half the elements per step.
     block_k = BLOCK_K if bits else BLOCK_K * 2 // x.element_size()
     block_n, warps = BLOCKS[bits]
     tiles = triton.cdiv(outer, block_n)
     splits = num_splits(tiles * block_n * BLOCK_K * (bits or 16) // 8, inner, block_k)
-    shape = (tiles, splits, (1 + gated) * block_n + 1, rows)
-    launch(
-        _skinny_linear_kernel,
-        (tiles, splits) if rows else (0,),
-        x,
-        weight,
-        as_words(scales) if bits == 4 else scales,
-        norm_weight,
-        added,
-        out,
-        None if splits == 1 else x.new_empty(shape, dtype=torch.float32),
-        None if splits == 1 else counters(triton.next_power_of_2(tiles), x.device),
-        eps,
-        x.stride(0),
-        0 if added is None else added.stride(0),
-        rows,
-        outer,
-        K=inner,
-        BITS=bits,
-        GATED=gated,
-        SPLITS=splits,
-        BLOCK_B=MAX_ROWS,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=warps,
-        num_stages=STAGES,
-    )
+    out, added = x.new_empty(rows, outer), residual if bias is None else bias.expand(rows, -1)
+    scratch, counted = None, None
+    if splits > 1:
+        size = tiles * splits * ((1 + gated) * block_n + 1) * rows
+        scratch = x.new_empty(size, dtype=torch.float32)
+        counted = counters(triton.next_power_of_2(tiles), x.device)
+    strides = x.stride(0), 0 if added is None else added.stride(0)
+    words = as_words(scales) if bits == 4 and scales is not None else scales
+    tensors = (x, weight, words, norm_weight, added, out, scratch, counted)
+    sizes = {"BLOCK_B": MAX_ROWS, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    sizes |= {"num_warps": warps, "num_stages": STAGES}
+    constants = {"K": inner, "BITS": bits, "GATED": gated, "SPLITS": splits}
+    grid = (tiles, splits) if rows else (0,)
+    launch(_skinny_linear_kernel, grid, *tensors, eps, *strides, rows, outer, **constants, **sizes)
     return out
 
 

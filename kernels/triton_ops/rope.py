@@ -51,23 +51,12 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     assert rope.cos.is_contiguous()
     assert rope.sin.is_contiguous()
     out = x.new_empty(x.shape)
-    block_n, block_d = tile_shape(rows * heads, width // 2)
+    block_n, block_d = tile_shape(width // 2)
     # Half the rows of a plain tile, since a program loads both halves of x and two fp32 tables.
     block_n = max(block_n // 2, 1)
-    launch(
-        _rotate_kernel,
-        (triton.cdiv(rows * heads, block_n),),
-        x,
-        rope.cos,
-        rope.sin,
-        out,
-        x.stride(0),
-        rows * heads,
-        H=heads,
-        HALF=width // 2,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
+    sizes = {"H": heads, "HALF": width // 2, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    grid, numbers = (triton.cdiv(rows * heads, block_n),), (x.stride(0), rows * heads)
+    launch(_rotate_kernel, grid, x, rope.cos, rope.sin, out, *numbers, **sizes)
     return out
 
 
@@ -131,26 +120,13 @@ def rope_append(
     for x in (qkv, k_rows, v_rows, rope.cos, rope.sin):
         assert x.is_contiguous()
     q = qkv.new_empty(count, all_heads - 2 * heads, width)
-    block_n, block_d = tile_shape(count * all_heads, width // 2)
+    block_n, block_d = tile_shape(width // 2)
     # Half the rows of a plain tile, as in `rotate`.
     block_n = max(block_n // 2, 1)
     target, first = row_target(rows)
-    launch(
-        _rope_append_kernel,
-        (triton.cdiv(count * all_heads, block_n),),
-        qkv,
-        rope.cos,
-        rope.sin,
-        q,
-        k_rows,
-        v_rows,
-        target,
-        first,
-        count * all_heads,
-        HQ=all_heads - 2 * heads,
-        H=heads,
-        HALF=width // 2,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
+    sizes = {"HQ": all_heads - 2 * heads, "H": heads, "HALF": width // 2}
+    sizes |= {"BLOCK_N": block_n, "BLOCK_D": block_d}
+    tensors, all_rows = (qkv, rope.cos, rope.sin, q, k_rows, v_rows, target), count * all_heads
+    grid = (triton.cdiv(all_rows, block_n),)
+    launch(_rope_append_kernel, grid, *tensors, first, all_rows, **sizes)
     return q

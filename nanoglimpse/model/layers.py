@@ -101,9 +101,10 @@ class Linear(Module):
 
     def quantize(self, weight: Tensor, mode: str, ops: Ops) -> dict[str, Tensor]:
         """Takes the matrix in 8 or 4 bits; returns the layer's new parameters by name."""
-        packed, self.matmul = quantize(weight, mode, ops)
+        packed, matmul = quantize(weight, mode, ops)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.scales = nn.Parameter(self.matmul.scales, requires_grad=False)
+        self.scales = nn.Parameter(matmul.scales, requires_grad=False)
+        self.matmul = matmul
         self.is_packed = True
         return {"weight": self.weight, "scales": self.scales}
 

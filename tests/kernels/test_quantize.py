@@ -224,6 +224,7 @@ def test_operations_that_are_missing(monkeypatch):
     check_supported("int8", cpu, OURS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_on_kernels_answers_as_with_torch(folder, mode):
     """Every product of a step reads quantised matrices itself; the head is one of them."""
@@ -239,7 +240,7 @@ def test_a_model_on_kernels_answers_as_with_torch(folder, mode):
     for layer in matrices(ours.decoder).values():
         assert layer.matmul.dequantize is not None
         counted = lambda *args: asked.append(args) or unpack(*args)  # noqa: E731
-        layer.matmul = layer.matmul._replace(dequantize=counted)
+        layer.matmul = replace(layer.matmul, dequantize=counted)
     assert list(ours.decode(one, 4, True)) == list(plain.decode(other, 4, True))
     assert not asked
 
