@@ -46,6 +46,7 @@ class Ops:
     rotate: Callable[[Tensor, Rope], Tensor]
     attention_colsum: Callable[[Tensor, Tensor, Segments], Tensor]
     swiglu: Callable[[Tensor], Tensor]
+    dequantize: Callable[[Tensor, Tensor, int], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     pack: Callable[[Tensor], Tensor]
     graph_safe: bool = False

@@ -4,12 +4,14 @@ int8 has one scale per row: w = q·s with q in -127…127. int4 has a scale and 
 of 64 columns of a row: w = (q - 8)·s + z with q in 0…15. Weights are rounded to the nearest level
 without calibration; activations and accumulation keep their dtype.
 
-The products are torch operations that are not public and that are fast for few rows only. For many
-rows, int8 goes through a dense copy of the matrix; int4 cannot, because its packed layout has no
-cheap inverse.
+On a CPU the products are torch operations that are not public and that are fast for few rows only.
+For many rows, int8 goes through a dense copy of the matrix; int4 cannot, because its packed layout
+has no cheap inverse. Kernels read the layout of `reference.dequantize`: the op `skinny_linear`
+expands it in registers, and a product of many rows goes through a dense copy.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,20 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglimpse.errors import UsageError
+from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.reference.dequantize import GROUP
+from nanoglimpse.kernels.reference.dequantize import dequantize as plain_dequantize
 
 MODES = ("int8", "int4")
-GROUP = 64
 # The number of rows up to which the int8 product beats a dense copy and a dense product (Zen 4).
 MAX_INT8_ROWS = 16
 # Rows of a matrix that are quantised at a time, to bound the memory of fp32 intermediates.
 CHUNK_ROWS = 4096
-# torch's int4 layout for a GPU has tiles of 16 × INNER_K_TILES columns; 4 make a tile one group.
-INNER_K_TILES = 4
+# What torch needs on a CPU.
 _OPERATIONS = {
-    ("int8", "cpu"): ("_weight_int8pack_mm",),
-    ("int8", "cuda"): ("_weight_int8pack_mm",),
-    ("int4", "cpu"): ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"),
-    ("int4", "cuda"): ("_convert_weight_to_int4pack", "_weight_int4pack_mm"),
+    "int8": ("_weight_int8pack_mm",),
+    "int4": ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu"),
 }
 
 
@@ -46,29 +47,34 @@ class Levels(NamedTuple):
     scales: Tensor
 
 
-def check_supported(mode: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_supported(mode: str, device: torch.device, ops: Ops) -> None:
     """Checks that matrices of a mode can be used on a device.
 
     Raises:
-        UsageError: the mode is unknown, torch lacks an operation for it on this device, or the
-            operation does not take this dtype.
+        UsageError: the mode is unknown, torch lacks an operation for it on this CPU, or the device
+            is a GPU and `ops` would expand every matrix in every step.
     """
     if mode not in MODES:
         raise UsageError(f"quantize must be one of {', '.join(MODES)}, got '{mode}'")
-    names = _OPERATIONS.get((mode, device.type), ())
-    if not names or not all(_is_registered(name, device.type.upper()) for name in names):
+    if has_kernels(ops):
+        return
+    if device.type != "cpu":
+        raise UsageError(f"quantize {mode} on {device.type} needs backend triton")
+    if not all(_is_registered(name) for name in _OPERATIONS[mode]):
         raise UsageError(
             f"quantize {mode} needs an operation that torch {torch.__version__} does not have "
-            f"on {device.type}; leave quantize out, or use another torch or device"
+            f"on {device.type}; leave quantize out, or use another torch"
         )
-    if mode == "int4" and device.type == "cuda" and dtype != torch.bfloat16:
-        name = str(dtype).removeprefix("torch.")
-        raise UsageError(f"quantize int4 needs dtype bfloat16 on cuda, got {name}")
 
 
-def _is_registered(name: str, key: str) -> bool:
+def has_kernels(ops: Ops) -> bool:
+    """Whether the products of few rows read quantised matrices in the layout of `dequantize`."""
+    return ops.dequantize is not plain_dequantize
+
+
+def _is_registered(name: str) -> bool:
     known = hasattr(torch.ops.aten, name)
-    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU")
 
 
 def fits(rows: int, columns: int) -> bool:
@@ -93,55 +99,69 @@ def quantize_levels(weight: Tensor, mode: str) -> Levels:
     return Levels(q.int().flatten(1), torch.cat((scale, zero), -1).transpose(0, 1).contiguous())
 
 
-def quantize(weight: Tensor, mode: str) -> tuple[Tensor, Tensor]:
-    """Quantises and packs a matrix for `QUANTIZED_LINEAR[mode]`.
+def quantize(weight: Tensor, mode: str, ops: Ops) -> tuple[Tensor, "QuantizedMatmul"]:
+    """Quantises and packs a matrix.
 
     Args:
         weight: [out, in], out a multiple of 16 and in a multiple of 64.
         mode: one of `MODES`.
+        ops: what will multiply by it.
 
     Returns:
-        The packed integers, int8 [out, in] or int4 in torch's layout for the device, and the
-        scales as in `Levels`.
+        The packed integers, and the product of rows with them.
     """
+    ours = has_kernels(ops)
     packed, scales = [], []
     for rows in weight.split(CHUNK_ROWS):
         levels = quantize_levels(rows, mode)
-        packed.append(levels.q if mode == "int8" else _pack_int4(levels.q))
+        if mode == "int4":
+            levels = pack_pairs(levels) if ours else _pack_int4(levels)
+        packed.append(levels.q)
         scales.append(levels.scales)
-    return torch.cat(packed), torch.cat(scales, dim=int(mode == "int4"))
+    together = torch.cat(scales, dim=int(mode == "int4" and not ours))
+    return torch.cat(packed), QuantizedMatmul(mode, together, ops.dequantize if ours else None)
 
 
-def _pack_int4(q: Tensor) -> Tensor:
-    if q.device.type == "cpu":
-        return torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    return torch.ops.aten._convert_weight_to_int4pack(pack_nibbles(q), INNER_K_TILES)
+def _pack_int4(levels: Levels) -> Levels:
+    return Levels(torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.q, 1), levels.scales)
 
 
-def pack_nibbles(q: Tensor) -> Tensor:
-    """Packs neighbouring columns into bytes, int32 [out, in] -> uint8 [out, in / 2].
+def pack_pairs(levels: Levels) -> Levels:
+    """int4 levels in the layout of `reference.dequantize`."""
+    pad = -levels.q.shape[1] % (2 * GROUP)
+    low, high = F.pad(levels.q, (0, pad)).unflatten(1, (-1, 2, GROUP)).unbind(2)
+    scales = F.pad(levels.scales.transpose(0, 1), (0, 0, 0, pad // GROUP))
+    return Levels((high << 4 | low).to(torch.uint8).flatten(1), scales.contiguous())
 
-    The even column is the high nibble, as torch's int4 layout for a GPU requires.
+
+@dataclass(frozen=True)
+class QuantizedMatmul:
+    """x Wᵀ + b for a matrix that `quantize` packed.
+
+    Attributes:
+        mode: one of `MODES`.
+        scales: as in `Levels`, or in the layout of `reference.dequantize`.
+        dequantize: the op of that name; None if the matrix is in torch's layout for a CPU.
     """
-    return (q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8)
 
+    mode: str
+    scales: Tensor
+    dequantize: Callable[[Tensor, Tensor, int], Tensor] | None
 
-def linear_int8(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
-    """x Wᵀ + b for a matrix that `quantize` packed in mode int8, [T, in] -> [T, out]."""
-    if len(x) > MAX_INT8_ROWS:
-        out = F.linear(x, weight.to(x.dtype)).mul_(scales)
-    else:
-        out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, scales)
-    return out if bias is None else out.add_(bias)
+    @property
+    def bits(self) -> int:
+        """Bits of a level."""
+        return 8 if self.mode == "int8" else 4
 
-
-def linear_int4(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor) -> Tensor:
-    """x Wᵀ + b for a matrix that `quantize` packed in mode int4, [T, in] -> [T, out]."""
-    aten = torch.ops.aten
-    on_cpu = x.device.type == "cpu"
-    matmul = aten._weight_int4pack_mm_for_cpu if on_cpu else aten._weight_int4pack_mm
-    out = matmul(x.contiguous(), weight, GROUP, scales)
-    return out if bias is None else out.add_(bias)
-
-
-QUANTIZED_LINEAR: dict[str, Callable[..., Tensor]] = {"int8": linear_int8, "int4": linear_int4}
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """[T, in] -> [T, out]"""
+        if self.dequantize is not None:
+            return F.linear(x, self.dequantize(weight, self.scales, x.shape[1]), bias)
+        if self.mode == "int4":
+            mm = torch.ops.aten._weight_int4pack_mm_for_cpu
+            out = mm(x.contiguous(), weight, GROUP, self.scales)
+        elif len(x) > MAX_INT8_ROWS:
+            out = F.linear(x, weight.to(x.dtype)).mul_(self.scales)
+        else:
+            out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), weight, self.scales)
+        return out if bias is None else out.add_(bias)

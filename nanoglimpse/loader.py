@@ -52,7 +52,7 @@ def load(
     processor = Processor(folder, config, raw=place.type == "cuda")
     ops, kind = select(backend, place), find_dtype(dtype, place, config)
     if quantize is not None:
-        check_supported(quantize, place, kind)
+        check_supported(quantize, place, ops)
     eos, own = read_eos(folder / "generation_config.json", config), folder / "glimpse"
     source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
     extra = load_glimpse(source, config, ops, kind, place) if source else None

@@ -8,6 +8,7 @@ from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.reference.attention import attention
 from nanoglimpse.kernels.reference.attention_colsum import attention_colsum
 from nanoglimpse.kernels.reference.decode_attention import decode_attention
+from nanoglimpse.kernels.reference.dequantize import dequantize
 from nanoglimpse.kernels.reference.gather import gather
 from nanoglimpse.kernels.reference.linear import linear, pack, skinny_linear
 from nanoglimpse.kernels.reference.norm import add_rms_norm, rms_norm
@@ -31,6 +32,7 @@ TORCH = Ops(
     rope_append=rope_append,
     attention_colsum=attention_colsum,
     swiglu=swiglu,
+    dequantize=dequantize,
     linear=linear,
     pack=_keep_dense,
 )

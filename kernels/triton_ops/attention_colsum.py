@@ -94,29 +94,12 @@ def attention_colsum(q: Tensor, k: Tensor, segments: Segments) -> Tensor:
     block = 64 if q.element_size() == 2 else 32
     blocks = triton.cdiv(max(segments.lengths, default=0), block)
     d1, d2 = split_head_dim(width)
-    group = query_heads // heads
+    group, scale = query_heads // heads, math.log2(math.e) * width**-0.5
+    sizes = {"D": width, "D1": d1, "D2": d2, "BLOCK": block, "num_stages": 2}
+    grid = (blocks * len(segments.lengths), query_heads)
     passes = ((q, k, 1, group, False), (k, q, group, 1, True))
     for held, streamed, g_held, g_streamed, sums in passes:
-        launch(
-            _attention_colsum_kernel,
-            (blocks * len(segments.lengths), query_heads),
-            held,
-            streamed,
-            segments.cu_seqlens,
-            lse,
-            out,
-            math.log2(math.e) * width**-0.5,
-            held.stride(0),
-            streamed.stride(0),
-            blocks,
-            query_heads,
-            g_held,
-            g_streamed,
-            D=width,
-            D1=d1,
-            D2=d2,
-            BLOCK=block,
-            SUMS=sums,
-            num_stages=2,
-        )
+        tensors = (held, streamed, segments.cu_seqlens, lse, out)
+        numbers = scale, held.stride(0), streamed.stride(0), blocks, query_heads, g_held, g_streamed
+        launch(_attention_colsum_kernel, grid, *tensors, *numbers, SUMS=sums, **sizes)
     return out

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoglimpse.kernels.reference import decode_attention as reference
-from nanoglimpse.kernels.triton_ops.launch import launch, supported_heads
+from nanoglimpse.kernels.triton_ops.launch import counters, launch, supported_heads
 from nanoglimpse.kernels.varlen import upload
 
 # Keys per step. With 64 keys, two stages and a head of 128 a program takes 38 KiB of shared memory
@@ -27,7 +27,7 @@ TARGET_PROGRAMS = 256
 MAX_SPLITS = 32
 
 
-@triton.jit(do_not_specialize=["H", "G"])
+@triton.jit(do_not_specialize=["H", "G", "splits"])
 def _decode_attention_kernel(
     q,
     k,
@@ -35,8 +35,8 @@ def _decode_attention_kernel(
     starts,  # int32 [B]
     lengths,  # int32 [B]
     out,
-    partials,  # fp32 [B, H, SPLITS, G, D], unnormalised outputs
-    stats,  # fp32 [B, H, 2, SPLITS, G]: maxima, then sums
+    partials,  # fp32 [B, H, splits, G, D], unnormalised outputs
+    stats,  # fp32 [B, H, 2, splits, G]: maxima, then sums
     counters,  # int32 [B, H], 0 before and after each launch
     scale,  # log2(e) / √D
     stride_q,  # elements from sequence to sequence of q
@@ -44,8 +44,9 @@ def _decode_attention_kernel(
     stride_r,  # elements from row to row of k and v
     H,
     G,
+    splits,  # a number and not a constant, so that batches and capacities share one variant
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -53,7 +54,7 @@ def _decode_attention_kernel(
     split, head = tl.program_id(0), tl.program_id(1)
     sequence = tl.program_id(2)
     length = tl.load(lengths + sequence)
-    split_keys = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    split_keys = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
     active = tl.cdiv(length, split_keys)
     if split >= active:
         return
@@ -91,38 +92,40 @@ def _decode_attention_kernel(
         o_out = o_g[:, None] * D + o_d[None, :]
         tl.store(p_out + o_out, b_out.to(out.dtype.element_ty), m_gd)
     else:
-        p_partials = partials + kv_head * SPLITS * G * D
-        p_stats = stats + kv_head * 2 * SPLITS * G
+        p_partials = partials + kv_head * splits * G * D
+        p_stats = stats + kv_head * 2 * splits * G
         o_partial = (split * G + o_g)[:, None] * D + o_d[None, :]
         tl.store(p_partials + o_partial, b_acc, m_gd)
         tl.store(p_stats + split * G + o_g, b_max, o_g < G)
-        tl.store(p_stats + SPLITS * G + split * G + o_g, b_sum, o_g < G)
+        tl.store(p_stats + (splits + split) * G + o_g, b_sum, o_g < G)
         # All threads must have written before one of them increments the counter.
         tl.debug_barrier()
         if tl.atomic_add(counters + kv_head, 1, sem="acq_rel") == active - 1:
             tl.store(counters + kv_head, 0)
-            _combine(p_partials, p_stats, p_out, active, G, D, SPLITS, BLOCK_G, BLOCK_D)
+            p_sums = p_stats + splits * G
+            _combine(p_partials, p_stats, p_sums, p_out, active, G, D, MAX_SPLITS, BLOCK_G, BLOCK_D)
 
 
 @triton.jit
 def _combine(
     partials,
-    stats,
+    maxima,
+    sums,
     out,
     active,
     G,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Combines the partial sums of one kv head."""
     # Loads bypass the L1 cache because other programs wrote these values.
-    o_s, o_g = tl.arange(0, SPLITS)[:, None], tl.arange(0, BLOCK_G)[None, :]
+    o_s, o_g = tl.arange(0, MAX_SPLITS)[:, None], tl.arange(0, BLOCK_G)[None, :]
     mask = (o_s < active) & (o_g < G)
     o_sg = o_s * G + o_g
-    b_max = tl.load(stats + o_sg, mask, -1e30, cache_modifier=".cg")  # [SPLITS, BLOCK_G]
-    b_sum = tl.load(stats + SPLITS * G + o_sg, mask, 0.0, cache_modifier=".cg")
+    b_max = tl.load(maxima + o_sg, mask, -1e30, cache_modifier=".cg")  # [MAX_SPLITS, BLOCK_G]
+    b_sum = tl.load(sums + o_sg, mask, 0.0, cache_modifier=".cg")
     b_weight = tl.exp2(b_max - tl.max(b_max, 0)[None, :])
     b_total = tl.sum(b_weight * b_sum, 0)[None, :]
     b_weight = b_weight / tl.where(b_total == 0.0, 1.0, b_total)
@@ -143,10 +146,7 @@ def _combine(
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int] | Tensor, lengths: Sequence[int] | Tensor
 ) -> Tensor:
-    """As the reference, in one launch.
-
-    The counters are shared by all calls, so calls must not overlap on two streams of a device.
-    """
+    """As the reference, in one launch."""
     if not supported_heads(q, k, v):
         return reference.decode_attention(q, k, v, starts, lengths)
     (sequences, query_heads, width), heads = q.shape, k.shape[1]
@@ -162,34 +162,22 @@ def decode_attention(
     splits = min(triton.next_power_of_2(min(wanted, useful)), MAX_SPLITS)
     scratch = (sequences, heads, splits, group)
     out = q.new_empty(sequences, query_heads * width)
-    launch(
-        _decode_attention_kernel,
-        (splits, heads, sequences),
-        q,
-        k,
-        v,
-        starts,
-        lengths,
-        out,
-        q.new_empty(*scratch, width, dtype=torch.float32),
-        q.new_empty(2, *scratch, dtype=torch.float32),
-        _counters(triton.next_power_of_2(sequences * heads), q.device),
-        math.log2(math.e) * width**-0.5,
-        q.stride(0),
-        k.stride(1),
-        k.stride(2),
-        heads,
-        group,
-        D=width,
-        SPLITS=splits,
-        BLOCK_G=max(triton.next_power_of_2(group), 16),
-        BLOCK_D=max(triton.next_power_of_2(width), 16),
-        # fp32 has twice the bytes, hence half the keys. Without tensor cores it needs twice the
-        # warps so as not to spill.
-        BLOCK_N=BLOCK_N if q.element_size() == 2 else BLOCK_N // 2,
-        num_warps=4 if q.element_size() == 2 else 8,
-        num_stages=2,
+    partials = q.new_empty(*scratch, width, dtype=torch.float32)
+    stats = q.new_empty(2, *scratch, dtype=torch.float32)
+    counted = counters(triton.next_power_of_2(sequences * heads), q.device)
+    tensors = (q, k, v, starts, lengths, out, partials, stats, counted)
+    strides = q.stride(0), k.stride(1), k.stride(2)
+    # fp32 has twice the bytes, hence half the keys. Without tensor cores it needs twice the warps
+    # so as not to spill.
+    half = q.element_size() == 2
+    sizes = (
+        {"BLOCK_N": BLOCK_N, "num_warps": 4} if half else {"BLOCK_N": BLOCK_N // 2, "num_warps": 8}
     )
+    sizes |= {"BLOCK_G": max(triton.next_power_of_2(group), 16), "num_stages": 2}
+    sizes |= {"BLOCK_D": max(triton.next_power_of_2(width), 16), "MAX_SPLITS": MAX_SPLITS}
+    numbers = math.log2(math.e) * width**-0.5, *strides, heads, group, splits
+    grid = (splits, heads, sequences)
+    launch(_decode_attention_kernel, grid, *tensors, *numbers, D=width, **sizes)
     return out
 
 
@@ -198,10 +186,8 @@ def decode_attention(
 def _on_device(
     starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    spans = upload(torch.tensor((starts, lengths), dtype=torch.int32), device)
-    return spans[0], spans[1]
-
-
-@lru_cache
-def _counters(count: int, device: torch.device) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
+    # Both begin at multiples of 16 bytes, whatever B: Triton would compile another variant if not.
+    padding = [0] * (-len(starts) % 4)
+    numbers = torch.tensor((*starts, *padding, *lengths), dtype=torch.int32)
+    spans = upload(numbers, device)
+    return spans[: len(starts)], spans[len(starts) + len(padding) :]

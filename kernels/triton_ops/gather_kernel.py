@@ -22,7 +22,7 @@ class Copies(NamedTuple):
     def tiling(self, num_warps: int) -> tuple[int, dict[str, int]]:
         """How many tiles there are, and their size as the kernel takes it."""
         layers, rows, size = self.arguments[-3:]
-        block_s, block_w = tile_shape(rows, self.width)
+        block_s, block_w = tile_shape(self.width)
         # A plain tile is for four warps.
         block_s *= max(num_warps // 4, 1)
         planes = 2 * layers + triton.cdiv(size, self.width)

@@ -5,6 +5,7 @@ would compile another variant for the value 1 and for multiples of 16, in the mi
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -32,11 +33,13 @@ def supported_heads(*tensors: Tensor) -> bool:
     return supported(*tensors) and all(x.shape[-1] <= MAX_HEAD_DIM for x in tensors)
 
 
-def tile_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of a tile that spans all columns and has about `TILE` elements."""
+def tile_shape(columns: int) -> tuple[int, int]:
+    """Rows and columns of a tile that spans all columns and has about `TILE` elements.
+
+    It does not depend on the number of rows: few rows would need variants of their own.
+    """
     width = triton.next_power_of_2(columns)
-    height = min(TILE // width, triton.next_power_of_2(rows))
-    return max(height, 1), width
+    return max(TILE // width, 1), width
 
 
 def row_target(rows: slice | Tensor) -> tuple[Tensor | None, int]:
@@ -63,3 +66,12 @@ def launch(
     if math.prod(grid):
         # Explicit because Triton 3.10 changes the default. torch's own kernels fuse as well.
         kernel[grid](*args, enable_fp_fusion=True, **options)
+
+
+@lru_cache
+def counters(count: int, device: torch.device) -> Tensor:
+    """int32 [count] that are 0 between launches, for programs that combine their partial sums.
+
+    They are shared by all calls, so calls must not overlap on two streams of a device.
+    """
+    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -70,16 +70,6 @@ def _launch(
     assert weight.shape == (columns,)
     assert weight.is_contiguous()
     width = triton.next_power_of_2(columns)
-    launch(
-        _rms_norm_kernel,
-        (x.numel() // columns,),
-        x,
-        residual,
-        total,
-        weight,
-        out,
-        eps,
-        C=columns,
-        BLOCK_C=width,
-        num_warps=8 if width > 4096 else 4,
-    )
+    sizes = {"C": columns, "BLOCK_C": width, "num_warps": 8 if width > 4096 else 4}
+    grid = (x.numel() // columns,)
+    launch(_rms_norm_kernel, grid, x, residual, total, weight, out, eps, **sizes)

@@ -14,6 +14,7 @@ from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kernels.triton_ops.attention import attention
 from nanoglimpse.kernels.triton_ops.attention_colsum import attention_colsum
 from nanoglimpse.kernels.triton_ops.decode_attention import decode_attention
+from nanoglimpse.kernels.triton_ops.dequantize import dequantize
 from nanoglimpse.kernels.triton_ops.gather import gather
 from nanoglimpse.kernels.triton_ops.linear import skinny_linear
 from nanoglimpse.kernels.triton_ops.norm import add_rms_norm, rms_norm
@@ -76,6 +77,7 @@ TRITON = replace(
     row_logits=on_device_of(row_logits),
     attention_colsum=on_device_of(attention_colsum),
     swiglu=on_device_of(swiglu),
+    dequantize=on_device_of(dequantize),
     skinny_linear=on_device_of(skinny_linear),
     graph_safe=True,
 )

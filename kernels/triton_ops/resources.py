@@ -9,15 +9,16 @@ compiled instead of launched.
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+from nanoglimpse.kernels.quantize import MODES, quantize
 from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.gather import SurvivorAttention
 from nanoglimpse.kernels.reference.rope import Rope
@@ -52,6 +53,7 @@ class Resources(NamedTuple):
         registers: registers per thread.
         spilled: bytes per thread (NVIDIA) or registers per lane (AMD) that spill.
         shared: bytes of shared memory of a program.
+        ptx: its code, as tests read it; empty on AMD.
     """
 
     target: str
@@ -61,6 +63,7 @@ class Resources(NamedTuple):
     registers: int
     spilled: int
     shared: int
+    ptx: str
 
 
 def compile_all(
@@ -114,20 +117,72 @@ def _decoder_cases(size: int, inner: int, heads: int, kv_heads: int) -> Iterator
     yield "survivors", partial(attend, q[:600], queries=queries)
     few = Queries(Segments([60], "meta"), _row_ids(60))
     yield "few survivors", partial(attend, q[:60], queries=few)
-    row, columns = _empty(1, size), (heads + 2 * kv_heads) * 128
-    step = partial(TRITON.skinny_linear, row, norm=(norm, 1e-6))
-    yield "step, qkv", partial(step, _empty(columns, size), _empty(columns))
-    yield "step, mlp", partial(step, _empty(2 * inner, size), gated=True)
-    down = partial(TRITON.skinny_linear, _empty(1, inner), _empty(size, inner))
-    yield "step, down", partial(down, residual=row)
-    layer = k.transpose(0, 1)[None]
-    yield "decode", partial(TRITON.decode_attention, q[:1], layer, layer, [0], [ROWS])
+    for name, call in _step_cases(size, inner, heads, kv_heads):
+        yield f"step, {name}", call
+    row, step = _empty(1, size), partial(TRITON.skinny_linear, norm=(norm, 1e-6), gated=True)
+    for mode in MODES:
+        packed, matmul = quantize(_empty(2 * inner, size), mode, TRITON)
+        yield f"step, mlp, {mode}", partial(step, row, packed, matmul=matmul)
+        packed, matmul = quantize(_empty(size, size), mode, TRITON)
+        down = partial(TRITON.skinny_linear, row, packed, residual=row)
+        yield f"step, o, {mode}", partial(down, matmul=matmul)
+        yield f"dense, {mode}", partial(matmul, x, packed, None)
     cache, target = (_empty(LAYERS, n, kv_heads, 128) for n in (ROWS, 700))
     gather = partial(TRITON.gather, cache, cache, x, _row_ids(600), target, target)
     yield "gather", partial(gather, slice(0, 600))
     yield "gather, ragged", partial(gather, _row_ids(600))
     attends = SurvivorAttention(q[:600], k, k, prompt, queries)
     yield "gather + survivors", partial(gather, slice(0, 600), attends)
+
+
+def _step_cases(
+    size: int,
+    inner: int,
+    heads: int,
+    kv_heads: int,
+    batch: int = 1,
+    length: int = ROWS,
+    device: str = "meta",
+) -> Iterator[Case]:
+    """A decode step of so many sequences with a cache of that length."""
+    empty = partial(_empty, device=device)
+    row, norm, columns = empty(batch, size), (empty(size), 1e-6), (heads + 2 * kv_heads) * 128
+    product = TRITON.skinny_linear
+    yield "qkv", partial(product, row, empty(columns, size), empty(columns), norm)
+    yield "mlp", partial(product, row, empty(2 * inner, size), None, norm, True)
+    yield "down", partial(product, empty(batch, inner), empty(size, inner), residual=row)
+    yield "o", partial(product, row, empty(size, size), residual=row)
+    cache, angles = empty(length * batch, kv_heads, 128), torch.empty(batch, 64, device=device)
+    qkv = empty(batch, heads + 2 * kv_heads, 128)
+    rows = torch.empty(batch, dtype=torch.int64, device=device)
+    yield "append", partial(TRITON.rope_append, qkv, Rope.of(angles), cache, cache, rows)
+    layer, starts = cache.transpose(0, 1)[None], range(0, length * batch, length)
+    decode = partial(TRITON.decode_attention, empty(batch, heads, 128), layer, layer)
+    yield "decode", partial(decode, starts, [length] * batch)
+
+
+def decode_variants(
+    model: str, batches: Iterable[int], lengths: Collection[int]
+) -> dict[str, set[str]]:
+    """Kernels of the decode steps of all batches and cache lengths, and the variants of each.
+
+    Nothing is compiled. What a step needs beyond the first one would be, in mid-answer. Afterwards
+    this process cannot launch kernels any more.
+    """
+    variants: dict[str, set[str]] = {}
+
+    def note(**found: Any) -> bool:
+        variants.setdefault(found["fn"].name.rpartition(".")[2], set()).add(found["key"])
+        return True  # do not compile
+
+    _compile_only(TARGETS["sm_90"][0])
+    triton.knobs.runtime.jit_cache_hook = note
+    for batch in batches:
+        for length in lengths:
+            # Not on the device meta, where every tensor has the address 0.
+            for _, call in _step_cases(*MODELS[model], batch, length, "cpu"):
+                call()
+    return variants
 
 
 def _vision_cases() -> Iterator[Case]:
@@ -159,8 +214,8 @@ def _fp32_cases() -> Iterator[Case]:
     yield "fp32 gather + survivors", partial(gather, slice(0, 600), attends)
 
 
-def _empty(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+def _empty(*shape: int, device: str = "meta") -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device)
 
 
 def _row_ids(count: int) -> torch.Tensor:
@@ -206,7 +261,8 @@ def _resources(target: str, case: str, kernel: CompiledKernel) -> Resources:
     measure = _cubin if "cubin" in kernel.asm else _amdgcn
     registers, spilled = measure(kernel)
     meta = kernel.metadata
-    return Resources(target, case, meta.name, meta.num_warps, registers, spilled, meta.shared)
+    ptx = kernel.asm.get("ptx", "")
+    return Resources(target, case, meta.name, meta.num_warps, registers, spilled, meta.shared, ptx)
 
 
 def _cubin(kernel: CompiledKernel) -> tuple[int, int]:

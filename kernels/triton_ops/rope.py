@@ -152,7 +152,7 @@ def _launch(
         assert rows == sum(segments.lengths)
         count, group = len(query), query.shape[1] // heads
         scores = (query, segments.cu_seqlens, x.new_empty(rows, query.shape[1]))
-    block_n, block_d = tile_shape(rows * all_heads, width // 2)
+    block_n, block_d = tile_shape(width // 2)
     # Half the rows of a plain tile, since a program loads both halves of x and two fp32 tables.
     block_n = max(block_n // 2, 1)
     launch(

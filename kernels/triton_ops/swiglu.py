@@ -28,16 +28,8 @@ def swiglu(x: Tensor) -> Tensor:
     inner = x.shape[-1] // 2
     rows = x.numel() // (2 * inner)
     out = x.new_empty(*x.shape[:-1], inner)
-    # Narrow enough for the single row of a decode step, at least 11008 wide, to make 11 programs.
-    block_t, block_i = tile_shape(rows, min(inner, 1024))
-    launch(
-        _swiglu_kernel,
-        (triton.cdiv(rows, block_t), triton.cdiv(inner, block_i)),
-        x,
-        out,
-        rows,
-        INNER=inner,
-        BLOCK_T=block_t,
-        BLOCK_I=block_i,
-    )
+    # Narrow enough for a single row, at least 11008 wide, to make 11 programs.
+    block_t, block_i = tile_shape(min(inner, 1024))
+    grid = (triton.cdiv(rows, block_t), triton.cdiv(inner, block_i))
+    launch(_swiglu_kernel, grid, x, out, rows, INNER=inner, BLOCK_T=block_t, BLOCK_I=block_i)
     return out

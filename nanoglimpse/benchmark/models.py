@@ -123,7 +123,7 @@ def random_engine(args: argparse.Namespace) -> Engine:
     ops, config = select(args.backend, device), parse_config(shape_config(args), args.shape)
     dtype = find_dtype(args.dtype, device, config)
     if args.quantize:
-        check_supported(args.quantize, device, dtype)
+        check_supported(args.quantize, device, ops)
     tensors = random_tensors(skeleton(config, ops), device, dtype)
     vision, decoder = build(config, ops, tensors, dtype, device, quantize=args.quantize)
     vision.pack(ops)

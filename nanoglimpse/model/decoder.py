@@ -145,10 +145,9 @@ class Decoder(Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, C] -> [B, vocab]"""
-        normed = self.norm(hidden)
         if self.lm_head is None:
-            return F.linear(normed, self.embed_tokens.weight)
-        return self.lm_head(normed)
+            return F.linear(self.norm(hidden), self.embed_tokens.weight)
+        return self.lm_head.fused(hidden, self.norm.ops, self.norm)
 
     def pack(self, ops: Ops) -> None:
         """Lays out the matrices that are large enough for single rows to gain from it.
@@ -178,11 +177,11 @@ class Decoder(Module):
         Raises:
             UsageError: the matrix of a layer has a size that `mode` does not support.
         """
-        owner, _, leaf = name.rpartition(".")
+        (owner, _, leaf), ops = name.rpartition("."), self.norm.ops
         layer, matrix = self.get_submodule(owner), leaf == "weight" and weight.ndim == 2
         if layer is self.embed_tokens and self.lm_head is None and fits(*weight.shape):
             self.lm_head = Linear(0, 0, bias=False)
-            head = self.lm_head.quantize(weight, mode)
+            head = self.lm_head.quantize(weight, mode, ops)
             return {name: weight} | {f"lm_head.{leaf}": part for leaf, part in head.items()}
         if not matrix or not isinstance(layer, Linear):
             return {name: weight}
@@ -193,7 +192,7 @@ class Decoder(Module):
                 f"quantize {mode} needs matrices of whole groups, multiples of 16 × {GROUP}; "
                 f"{owner} is {len(weight)} × {weight.shape[1]}; leave quantize out"
             )
-        return {f"{owner}.{leaf}": part for leaf, part in layer.quantize(weight, mode).items()}
+        return {f"{owner}.{leaf}": part for leaf, part in layer.quantize(weight, mode, ops).items()}
 
 
 class PassKV(Protocol):

@@ -1,7 +1,6 @@
 """Layers that the vision encoder, the decoder and the predictor are built from."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoglimpse.kernels.interface import Ops
-from nanoglimpse.kernels.quantize import QUANTIZED_LINEAR, quantize
+from nanoglimpse.kernels.quantize import quantize
 
 
 class Module(nn.Module):
@@ -103,12 +102,12 @@ class Linear(Module):
         self.weight, self.matmul = weight, ops.linear
         self.is_packed = packed.is_mkldnn
 
-    def quantize(self, weight: Tensor, mode: str) -> dict[str, Tensor]:
+    def quantize(self, weight: Tensor, mode: str, ops: Ops) -> dict[str, Tensor]:
         """Takes the matrix in 8 or 4 bits; returns the layer's new parameters by name."""
-        packed, scales = quantize(weight, mode)
+        packed, matmul = quantize(weight, mode, ops)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        self.matmul = partial(QUANTIZED_LINEAR[mode], scales=self.scales)
+        self.scales = nn.Parameter(matmul.scales, requires_grad=False)
+        self.matmul = matmul
         self.is_packed = True
         return {"weight": self.weight, "scales": self.scales}
 

@@ -10,6 +10,7 @@ import torch
 
 from nanoglimpse import Prompt, load
 from nanoglimpse.kernels.backends import select
+from nanoglimpse.kernels.quantize import MODES, quantize
 from nanoglimpse.kernels.reference.attention import Queries
 from nanoglimpse.kernels.reference.gather import SurvivorAttention
 from nanoglimpse.kernels.reference.rope import Rope
@@ -18,6 +19,7 @@ from nanoglimpse.kernels.varlen import Segments
 from tests.helpers.tiny import chat_ids, patches_of
 
 pytest.importorskip("triton")
+from nanoglimpse.kernels.triton_ops import linear  # imports Triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRITON = select("triton", DEVICE)
@@ -139,6 +141,7 @@ def exact_skinny_linear(x, weight, bias, norm, gated, residual):
         (5, 33, 500, False, False, False, True),
         (16, 48, 140, False, True, True, False),
         (3, 70, 300, False, False, True, True),
+        (16, 16, 1100, False, True, True, True),
     ],
 )
 def test_skinny_linear(dtype, rows, columns, width, biased, normed, gated, added):
@@ -150,6 +153,63 @@ def test_skinny_linear(dtype, rows, columns, width, biased, normed, gated, added
     args = (x, weight, bias, norm, gated, residual)
     ours, low = (ops.skinny_linear(*args) for ops in (TRITON, TORCH))
     check(ours, low, exact_skinny_linear(*args))
+
+
+@dtypes
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "biased", "normed", "gated", "added"),
+    [
+        (1, 80, 320, True, True, False, False),
+        (16, 32, 448, False, True, True, True),
+        (3, 48, 1152, False, False, False, True),
+        (40, 48, 320, True, False, False, False),
+    ],
+)
+def test_quantised_skinny_linear(dtype, mode, rows, columns, width, biased, normed, gated, added):
+    """As with the dense matrix that the levels represent; many rows go through a dense copy."""
+    x = 3 * randn(rows, width, dtype=dtype)
+    weight = randn(columns * (1 + gated), width, dtype=dtype) / width**0.5
+    packed, matmul = quantize(weight, mode, TRITON)
+    plain = TORCH.dequantize(packed, matmul.scales, width)
+    bias = randn(len(weight), dtype=dtype) if biased else None
+    norm = (randn(width, dtype=dtype), 0.5) if normed else None
+    residual = randn(rows, columns, dtype=dtype) if added else None
+    rest = (bias, norm, gated, residual)
+    ours = TRITON.skinny_linear(x, packed, *rest, matmul)
+    low = TORCH.skinny_linear(x, plain, *rest)
+    exact = TORCH.dequantize(packed, matmul.scales.double(), width)
+    check(ours, low, exact_skinny_linear(x, exact, *rest))
+
+
+@dtypes
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(80, 192), (33, 64), (16, 256)], ids=str)
+def test_dequantize(dtype, mode, shape):
+    packed, matmul = quantize(randn(*shape, dtype=dtype), mode, TRITON)
+    args = (packed, matmul.scales, shape[1])
+    ours, low = (ops.dequantize(*args) for ops in (TRITON, TORCH))
+    check(ours, low, TORCH.dequantize(packed, matmul.scales.double(), shape[1]))
+
+
+def test_no_split_of_a_sum_is_empty_or_too_many():
+    """At released sizes as planned, and for any number of steps."""
+    dense = {2048: 4, 2560: 4, 3584: 2, 4608: 2, 2 * 11008: 1, 2 * 18944: 1}
+    for columns, splits in dense.items():
+        assert linear.num_splits(columns * 256, 2048, 128) == splits
+    for steps in range(1, 40):
+        splits = linear.num_splits(16 * 256, 128 * steps, 128)
+        assert 1 <= splits <= min(linear.MAX_SPLITS, steps)
+        assert -(-steps // splits) * (splits - 1) < steps
+
+
+def test_large_activations_do_not_overflow_before_the_norm():
+    """fp16 as in the residual stream of a real model, times a large weight of the norm."""
+    x, norm = torch.ones(1, 64).half(), torch.full((64,), 30.0).half()
+    x[0, 3] = 3e4
+    args = (x.to(DEVICE), torch.eye(64).half().to(DEVICE), None, (norm.to(DEVICE), 1e-6))
+    ours, low = (ops.skinny_linear(*args) for ops in (TRITON, TORCH))
+    torch.testing.assert_close(ours, low, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("gated", [False, True])
