@@ -225,31 +225,11 @@ def launch_attention(
     if copies:
         tiles, tiling = copies.tiling(sizes["num_warps"])
         sizes, extra_heads = sizes | tiling, triton.cdiv(tiles, max(programs, 1))
-    launch(
-        _attention_kernel,
-        (programs, query_heads + extra_heads),
-        q,
-        k,
-        v,
-        out,
-        q_segments.cu_seqlens,
-        segments.cu_seqlens,
-        queries.positions if queries and causal else None,
-        math.log2(math.e) * width**-0.5,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        blocks,
-        query_heads,
-        query_heads // heads,
-        *(copies.arguments if copies else NO_COPIES),
-        D=width,
-        DV=v_width,
-        D1=d1,
-        D2=d2,
-        DV1=dv1,
-        DV2=dv2,
-        CAUSAL=causal,
-        **sizes,
-    )
+    positions = queries.positions if queries and causal else None
+    tensors = (q, k, v, out, q_segments.cu_seqlens, segments.cu_seqlens, positions)
+    strides = q.stride(0), k.stride(0), v.stride(0)
+    numbers = math.log2(math.e) * width**-0.5, *strides, blocks, query_heads, query_heads // heads
+    sizes |= {"D": width, "DV": v_width, "D1": d1, "D2": d2, "DV1": dv1, "DV2": dv2}
+    grid, copied = (programs, query_heads + extra_heads), copies.arguments if copies else NO_COPIES
+    launch(_attention_kernel, grid, *tensors, *numbers, *copied, CAUSAL=causal, **sizes)
     return out

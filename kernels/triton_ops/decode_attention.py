@@ -169,11 +169,9 @@ def decode_attention(
     strides = q.stride(0), k.stride(1), k.stride(2)
     # fp32 has twice the bytes, hence half the keys. Without tensor cores it needs twice the warps
     # so as not to spill.
-    half = q.element_size() == 2
-    sizes = (
-        {"BLOCK_N": BLOCK_N, "num_warps": 4} if half else {"BLOCK_N": BLOCK_N // 2, "num_warps": 8}
-    )
-    sizes |= {"BLOCK_G": max(triton.next_power_of_2(group), 16), "num_stages": 2}
+    keys, warps = (BLOCK_N, 4) if q.element_size() == 2 else (BLOCK_N // 2, 8)
+    sizes = {"BLOCK_N": keys, "num_warps": warps, "num_stages": 2}
+    sizes |= {"BLOCK_G": max(triton.next_power_of_2(group), 16)}
     sizes |= {"BLOCK_D": max(triton.next_power_of_2(width), 16), "MAX_SPLITS": MAX_SPLITS}
     numbers = math.log2(math.e) * width**-0.5, *strides, heads, group, splits
     grid = (splits, heads, sequences)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -65,22 +65,12 @@ def long_attention(
     return chosen(q, k, v, segments, causal=causal, queries=queries)
 
 
-TRITON = replace(
-    TORCH,
-    attention=on_device_of(attention),
-    decode_attention=on_device_of(decode_attention),
-    gather=on_device_of(gather),
-    rms_norm=on_device_of(rms_norm),
-    add_rms_norm=on_device_of(add_rms_norm),
-    rotate=on_device_of(rotate),
-    rope_append=on_device_of(rope_append),
-    row_logits=on_device_of(row_logits),
-    attention_colsum=on_device_of(attention_colsum),
-    swiglu=on_device_of(swiglu),
-    dequantize=on_device_of(dequantize),
-    skinny_linear=on_device_of(skinny_linear),
-    graph_safe=True,
+LAUNCHERS: tuple[Callable[..., Any], ...] = (
+    *(attention, decode_attention, gather, rms_norm, add_rms_norm, rotate, rope_append),
+    *(row_logits, attention_colsum, swiglu, dequantize, skinny_linear),
 )
+by_name = {launcher.__name__: on_device_of(launcher) for launcher in LAUNCHERS}
+TRITON = replace(TORCH, graph_safe=True, **by_name)
 # What "auto" is on a GPU.
 GPU = replace(TRITON, attention=long_attention)
 

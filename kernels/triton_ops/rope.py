@@ -155,24 +155,9 @@ def _launch(
     block_n, block_d = tile_shape(width // 2)
     # Half the rows of a plain tile, since a program loads both halves of x and two fp32 tables.
     block_n = max(block_n // 2, 1)
-    launch(
-        _rope_kernel,
-        (triton.cdiv(rows * all_heads, block_n),),
-        x,
-        *tables,
-        q,
-        *target,
-        *scores,
-        width**-0.5,
-        x.stride(0),
-        rows * all_heads,
-        count,
-        HEADS=all_heads,
-        HQ=query_heads,
-        H=heads,
-        G=group,
-        HALF=width // 2,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-    )
+    sizes = {"HEADS": all_heads, "HQ": query_heads, "H": heads, "G": group, "HALF": width // 2}
+    sizes |= {"BLOCK_N": block_n, "BLOCK_D": block_d}
+    grid, numbers = (triton.cdiv(rows * all_heads, block_n),), (rows * all_heads, count)
+    pointers = (x, *tables, q, *target, *scores)
+    launch(_rope_kernel, grid, *pointers, width**-0.5, x.stride(0), *numbers, **sizes)
     return q, scores[2]
