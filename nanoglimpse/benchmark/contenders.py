@@ -50,13 +50,16 @@ class Ours:
 
     def round(self) -> dict[str, Any]:
         """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
-        begun = now()
+        begun = now(self.engine.device)
         preprocess_image(self.workload.items[0][0], config=self.engine.processor.pixels)
-        memory, start = Memory(self.engine.device), now()
+        memory, start = Memory(self.engine.device), now(self.engine.device)
         self.workload.preprocess()
-        prepared = now()
+        prepared = now(self.engine.device)
         prefill = self.prefill(self.new)
-        moments = [now() for _ in self.engine.decode_many(prefill, self.new, ignore_eos=True)]
+        moments = [
+            now(self.engine.device)
+            for _ in self.engine.decode_many(prefill, self.new, ignore_eos=True)
+        ]
         peak = memory.peak()
         stages, head = prefill.timings, self.head()
         vision = stages.pop("vision")
@@ -78,11 +81,11 @@ class Ours:
 
     def questions(self) -> dict[str, float]:
         """Milliseconds from the picture to a question's logits, and of one more in the session."""
-        moments = [now()]
+        moments = [now(self.engine.device)]
         session, question = self.workload.begin(self.method)
         for _ in range(2):
             session.prefill(question, max_new_tokens=self.new)
-            moments.append(now())
+            moments.append(now(self.engine.device))
         first, further = (1000 * (after - before) for before, after in pairwise(moments))
         return {"first question": first, "further question": further}
 
@@ -91,7 +94,7 @@ class Ours:
         """Milliseconds of the final norm and the head alone."""
         size = len(self.workload.prompts), self.engine.config.text_config.hidden_size
         hidden = torch.ones(size, device=self.engine.device, dtype=self.engine.dtype)
-        return 1000 * best(lambda: self.engine.decoder.logits(hidden), 1)
+        return 1000 * best(lambda: self.engine.decoder.logits(hidden), 1, self.engine.device)
 
     @cached_property
     def counts(self) -> tuple[RowCounts, int, int]:
@@ -244,12 +247,12 @@ class Peer:
 
     def round(self) -> dict[str, Any]:
         """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
-        spent = {}
+        spent, device = {}, self.workload.engine.device
         for stage in ("read", "preprocess", "vision", "logits"):
-            start = now()
+            start = now(device)
             getattr(self, stage)()
-            spent[stage] = 1000 * (now() - start)
-        memory, moments, start = Memory(self.workload.engine.device), Moments(), now()
+            spent[stage] = 1000 * (now(device) - start)
+        memory, moments, start = Memory(device), Moments(device), now(device)
         self.tokens(self.workload.args.new, streamer=moments)
         before, tokens = spent["preprocess"] - 1000 * start, moments.of_tokens
         return {
@@ -282,14 +285,14 @@ class Static(Peer):
 class Moments:
     """A streamer for transformers that notes when each token comes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.prompt_seen = device, False
         self.of_tokens: list[float] = []
-        self.prompt_seen = False
 
     def put(self, value: Tensor) -> None:
         """Is given the prompt first, then each token."""
         if self.prompt_seen:
-            self.of_tokens.append(now())
+            self.of_tokens.append(now(self.device))
         self.prompt_seen = True
 
     def end(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,35 @@ from nanoglimpse.version import VERSION
 Figures = dict[str, dict[str, list[Any]]]
 # The roofs are measured with a product of matrices of this side and by reading this many bytes.
 SIDE = {"cuda": 8192, "cpu": 2048}
-READ = 2**28
+READ = {"cuda": 2**32, "cpu": 2**28}
 # How far logits may be from those of the same weights elsewhere, relative to their norm.
 CLOSE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def now() -> float:
+def now(device: torch.device) -> float:
     """Seconds, after the device has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def best(call: Callable, rounds: int) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
+def best(call: Callable, rounds: int, device: torch.device) -> float:
+    """Seconds of the fastest of some runs, after one that warms up.
+
+    On a GPU these are seconds of the device between events, with a cold L2 cache and without the
+    launch and the wait of the host, which take longer than a small kernel.
+    """
+    if device.type == "cuda" and find_spec("triton"):
+        from triton.testing import do_bench
+
+        with torch.cuda.device(device):
+            return do_bench(call, return_mode="min") / 1000
     call()
     spent = []
     for _ in range(rounds):
-        start = now()
+        start = now(device)
         call()
-        spent.append(now() - start)
+        spent.append(now(device) - start)
     return min(spent)
 
 
@@ -124,11 +134,12 @@ class Roofs:
             a = torch.randn(size, size, device=device).to(dtype)
             packed = ops.pack(a)
             products = (lambda: a @ a, lambda: ops.linear(a, packed, None))
-            self.rate = 2 * size**3 / min(best(call, 4) for call in products)
-            big = torch.ones(READ // a.element_size(), device=device, dtype=dtype).view(-1, 8192)
+            self.rate = 2 * size**3 / min(best(call, 4, device) for call in products)
+            read = READ.get(device.type, 2**28)
+            big = torch.ones(read // a.element_size(), device=device, dtype=dtype).view(-1, 8192)
             matrix, row = ops.pack(big), big[:1].clone()
             reads = (big.sum, lambda: ops.linear(row, matrix, None), lambda: F.linear(row, big))
-            self.bandwidth = READ / min(best(call, 5) for call in reads)
+            self.bandwidth = read / min(best(call, 5, device) for call in reads)
 
     def floor(self, cost: Cost) -> float:
         """The least milliseconds that a device with these roofs needs."""
@@ -151,9 +162,20 @@ def machine(args: argparse.Namespace, engine: Engine, roofs: Roofs) -> dict:
         "torch": torch.__version__,
         "nanoglimpse": VERSION,
         "commit": commit(),
+        **({"clocks_mhz": clocks(engine.device)} if cuda else {}),
         "matrix_gflops": round(roofs.rate / 1e9),
         "read_gb_per_s": round(roofs.bandwidth / 1e9, 1),
     }
+
+
+def clocks(device: torch.device) -> list[int]:
+    """Present clocks of a GPU's processors and memory in MHz; empty if its driver does not tell."""
+    with suppress(OSError, ValueError):
+        which = str(torch.cuda.get_device_properties(device).uuid)
+        ask = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+        done = subprocess.run([*ask, f"--id=GPU-{which}"], capture_output=True, text=True)
+        return [int(number) for number in done.stdout.split(",")]
+    return []
 
 
 def commit() -> str:

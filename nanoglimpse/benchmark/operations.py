@@ -28,7 +28,8 @@ def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> l
     for name, ours, others, flops, elements in operations(engine, count):
         say(name)
         with torch.inference_mode():
-            own, rival = best(ours, args.rounds), min(best(way, args.rounds) for way in others)
+            own, *rivals = [best(way, args.rounds, engine.device) for way in (ours, *others)]
+            rival = min(rivals)
         cost = Cost(flops, elements * engine.dtype.itemsize)
         compute = cost.flops / roofs.rate > cost.bytes / roofs.bandwidth
         unit, roof = ("GFLOP/s", roofs.rate) if compute else ("GB/s", roofs.bandwidth)

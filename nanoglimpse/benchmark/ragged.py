@@ -108,9 +108,9 @@ class Ragged:
 
     def round(self, name: str) -> dict[str, float]:
         """The seconds and the peak of memory of all answers of a contender."""
-        memory, start = measuring.Memory(self.engine.device), measuring.now()
+        memory, start = measuring.Memory(self.engine.device), measuring.now(self.engine.device)
         self.answers[name] = self.contenders[name]()
-        return {"seconds": measuring.now() - start, "memory": memory.peak()}
+        return {"seconds": measuring.now(self.engine.device) - start, "memory": memory.peak()}
 
     def report(self) -> dict[str, Any]:
         """Prints the tables; returns the entry of the JSON line."""

@@ -30,7 +30,7 @@ def bench():
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch:  # the roofs do not matter here
         patch.setattr(measuring, "SIDE", {"cpu": 128})
-        patch.setattr(measuring, "READ", 2**20)
+        patch.setattr(measuring, "READ", {"cpu": 2**20})
         yield module
 
 
