@@ -307,7 +307,8 @@ class Event:
         self.moment = None
 
     def record(self, stream=None):
-        self.stream = stream
+        if stream is None or torch.device(stream.device).type != "cuda":
+            raise RuntimeError("an event is recorded on whatever device is current")
 
     def elapsed_time(self, other):
         return 0.0
@@ -479,9 +480,15 @@ def engine_on(device, *args, backend="auto", **options):
     ops = fused() if backend == "fused" else select(backend, torch.device(device))
     engine = load(*args, device="cpu", backend=ops, **options)
     for _, part in engine.model.modules():
-        for module in part.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    phantom = Phantom(weight.detach(), torch.device(device))
-                    setattr(module, name, torch.nn.Parameter(phantom, requires_grad=False))
+        move(part, torch.device(device))
     return Engine(engine.model, engine.processor)
+
+
+def move(part, device):
+    """Makes the parameters of a module phantoms, in place."""
+    for module in part.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                phantom = Phantom(weight.detach(), device)
+                setattr(module, name, torch.nn.Parameter(phantom, requires_grad=False))
+    return part

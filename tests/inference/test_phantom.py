@@ -1,11 +1,21 @@
 """The engine on a phantom GPU: the CPU's answers, and how often the host waits for them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanoglimpse import Prompt
+from nanoglimpse.benchmark.models import CONFIGS
+from nanoglimpse.config import read_config
 from nanoglimpse.inference import cuda_graph
+from nanoglimpse.kernels.reference.rope import Rope
+from nanoglimpse.kernels.reference.table import TORCH
+from nanoglimpse.kernels.varlen import Segments
+from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.methods import METHODS
+from nanoglimpse.model.decoder import Decoder
+from nanoglimpse.model.vision import VisionBlock
 from tests.helpers import phantom
 from tests.helpers.tiny import chat_ids, patches_of
 
@@ -99,3 +109,95 @@ def test_waits_of_a_pruned_prefill(engine, ledger, count):
         ledger.clear()
         assert len(list(steps)) == 8
         assert len(ledger.waits) == 1, ledger.waits
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    """A phantom without values, for what depends on sizes alone."""
+    return phantom.Phantom(torch.empty(shape, dtype=dtype, device="meta"), torch.device(DEVICE))
+
+
+def tables(rows, width):
+    return Rope(*(empty(rows, 1, width, dtype=torch.float32) for _ in range(2)))
+
+
+def outside(ledger):
+    """Bytes outside of products and attention."""
+    apart = ("mm", "addmm", "attention")
+    return sum(launch.nbytes for launch in ledger.launches if launch.name not in apart)
+
+
+@pytest.fixture(params=["3b", "7b"])
+def released(request, ledger):
+    """Configuration and first decoder layer of a released checkpoint, without values."""
+    config, ops = read_config(CONFIGS / f"qwen2.5-vl-{request.param}.json"), phantom.fused()
+    config = replace(config, text_config=replace(config.text_config, num_hidden_layers=1))
+    with torch.device("meta"):
+        decoder = Decoder(config, ops).to(torch.bfloat16)
+    phantom.move(decoder, torch.device(DEVICE))
+    decoder.pack(ops)
+    return config, decoder, ops
+
+
+def cache_of(config, rows, ops):
+    like, position = empty(0), empty(1, dtype=torch.int64)
+    return KVCache(config.text_config, range(1), [rows], position, like, ops)
+
+
+def test_a_decode_step_launches_six_a_layer(released, ledger):
+    config, decoder, ops = released
+    text, cache = config.text_config, cache_of(config, 64, ops)
+    with phantom.Mode():
+        kv = cache.reserve([1])
+        ledger.clear()
+        decoder.layers[0].decode(empty(1, text.hidden_size), tables(1, text.head_dim), kv.layer(0))
+    assert sum(ledger.names().values()) == 6, ledger.names()
+
+
+def test_bytes_of_a_prefill_layer(released, ledger):
+    """At 5,064 rows: 1.1 GB for 7B."""
+    config, decoder, ops = released
+    text, cache, rows = config.text_config, cache_of(config, 5064, ops), 5064
+    with phantom.Mode():
+        kv, segments = cache.reserve([rows]).layer(0), Segments([rows], "cpu")
+        ledger.clear()
+        decoder.layers[0](empty(rows, text.hidden_size), tables(rows, 128), kv, segments, None)
+    assert 0 < outside(ledger) <= 1.1e9, ledger.launches
+
+
+def test_bytes_of_a_vision_block(released, ledger):
+    """At 20,000 patches."""
+    config, _, ops = released
+    vision, rows = config.vision_config, 20_000
+    with torch.device("meta"):
+        block = VisionBlock(vision, ops).to(torch.bfloat16)
+    phantom.move(block, torch.device(DEVICE))
+    with phantom.Mode():
+        ledger.clear()
+        block(empty(rows, vision.hidden_size), tables(rows, vision.head_dim), Segments([rows]))
+    assert 0 < outside(ledger) <= 1.2e9, ledger.launches
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_of_torch_in_any_layout_and_without_cudnn(ledger, tiny_folder, dtype):
+    """Kernels of a GPU return [B, S, H, D] in memory for some dtypes; cuDNN plans every length."""
+    seen = set()
+
+    def transposed(out):
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+    ledger.fake_attention = transposed
+    engine = phantom.engine_on(DEVICE, tiny_folder, dtype=dtype, backend="torch")
+    with phantom.Mode():
+        answers(engine, {"method": "glimpse", "max_ratio": 0.5}, *prompts(engine))
+    assert seen == {False}
+
+
+def test_devices_do_not_mix(ledger):
+    one, two = (phantom.Phantom(torch.ones(3), torch.device("cuda", i)) for i in (0, 1))
+    with pytest.raises(RuntimeError, match=r"cuda:0.*cuda:1"):
+        one + two
+    with pytest.raises(RuntimeError, match="cpu and cuda"):
+        one + torch.ones(3)
+    with phantom.Mode():
+        assert TORCH.swiglu(torch.ones(2, device=DEVICE)).device == torch.device(DEVICE)
