@@ -443,6 +443,8 @@ def fused():
 
     def one_launch(name, reference):
         def call(*args, **options):
+            if name == "skinny_linear" and args[6] is not F.linear:
+                return reference(*args, **options)  # as the launcher, which knows no other product
             flat = tree_flatten((args, options))[0]
             phantoms = [x for x in flat if isinstance(x, Phantom)]
             values = inside(args)
