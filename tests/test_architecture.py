@@ -78,6 +78,7 @@ def is_entry(name):
     return name in ENTRIES or name.endswith("__main__")
 
 
+@pytest.mark.slow
 def test_rooms_import_downwards_only():
     wrong = []
     for name, tree in trees():
@@ -157,6 +158,7 @@ def test_sizes():
     assert len(engine.splitlines()) <= ENGINE_LINES
 
 
+@pytest.mark.slow
 def test_functions_are_short():
     """Kernels apart, and functions that declare the options of a command line."""
     wrong = []
@@ -209,6 +211,7 @@ def answer():
     return [line.split() for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_an_answer_loads_nothing_of_the_upper_floors(answer):
     for loaded in answer[:2]:
         rooms = {name.split(".")[1] for name in loaded if "." in name}
@@ -220,6 +223,7 @@ def test_an_answer_enters_few_files(answer):
     assert 0 < len(answer[2]) <= ENTERED_FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tests", "bench", "README"])
 def test_a_checkout_is_not_part_of_the_package(name):
     code = f"import nanoglimpse.{name}"

@@ -8,6 +8,8 @@ another machine cannot flip one.
 import json
 from pathlib import Path
 
+import pytest
+
 import nanoglimpse
 
 EXAMPLES = Path(__file__).parents[1] / "weights" / "nano" / "examples"
@@ -28,6 +30,7 @@ def answers():
         yield [row["image"], row["question"], answer.token_ids, kept, round(margin, 6)]
 
 
+@pytest.mark.slow
 def test_nano_answers_and_keeps_as_recorded():
     record = json.loads(RECORD.read_text("utf-8"))
     found = list(answers())

@@ -109,6 +109,7 @@ def dense(engine, prompt):
     return counted(engine, prompt, "dense")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_no_method_needs_more_memory_than_none(engine, prompt, dense, name):
     peak, square = counted(engine, prompt, name)
@@ -116,6 +117,7 @@ def test_no_method_needs_more_memory_than_none(engine, prompt, dense, name):
     assert not square
 
 
+@pytest.mark.slow
 def test_cdpruner_of_all_tokens_makes_no_square():
     x, relevance = unit(torch.randn(LONG + 1, 8)), torch.rand(LONG + 1)
     with Live() as live:

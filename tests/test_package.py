@@ -40,6 +40,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """No triton, no transformers, no network, less than a second behind torch; loading as well."""
     out = subprocess.run(
@@ -84,6 +85,7 @@ PACKAGED = (
 )
 
 
+@pytest.mark.slow
 def test_an_installation_holds_everything(installed):
     missing = [name for name in PACKAGED if not (installed / "nanoglimpse" / name).exists()]
     assert not missing
@@ -103,6 +105,7 @@ def test_an_installation_states_its_version_and_address(installed):
     assert "\nProject-URL: Paper, https://arxiv.org/abs/2508.01548\n" in text
 
 
+@pytest.mark.slow
 def test_the_command_of_an_installation_answers(installed, tmp_path):
     done = subprocess.run(
         [installed / "bin" / "nanoglimpse", "generate", "--quiet"],
@@ -115,6 +118,7 @@ def test_the_command_of_an_installation_answers(installed, tmp_path):
     assert done.stdout == ANSWER + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["elsewhere", "in the checkout"])
 def test_an_installation_answers_from_any_folder(installed, tmp_path, inside):
     done = subprocess.run(

@@ -61,6 +61,7 @@ def tables(text):
 # Python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "python")], ids=name_of)
 def test_python_runs(page, tmp_path, monkeypatch):
     """A page's blocks in order, in one namespace; one that begins with `# name.py` is a file."""

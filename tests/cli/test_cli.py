@@ -40,6 +40,7 @@ def process(*arguments, cwd, **options):
     )
 
 
+@pytest.mark.slow
 def test_without_arguments_it_answers_a_built_in_question(nano, tmp_path):
     """From any folder: the answer alone on stdout, the rest on stderr."""
     done = process(cwd=tmp_path)
@@ -103,6 +104,7 @@ def test_weights_of_few_bits(capsys):
     assert "MB of weights, int8 in the decoder, float32 on cpu" in err
 
 
+@pytest.mark.slow
 def test_options_reach_the_engine(capsys):
     arguments = ("--image", SCENE, "--json", "--max-ratio", 0.05, "--max-new-tokens", 5)
     _, out, _ = call(QUESTION, *arguments, "--min-tokens", 1, capsys=capsys)
@@ -144,6 +146,7 @@ def test_the_overlay_shows_kept_cells_and_importance(nano, tmp_path, capsys):
     assert max(shown[False]) < 8
 
 
+@pytest.mark.slow
 def test_an_overlay_of_several_pictures_has_a_panel_for_each(tmp_path, capsys):
     one, two = tmp_path / "1.png", tmp_path / "2.png"
     call(QUESTION, "--image", SCENE, "--overlay", one, capsys=capsys)
@@ -160,6 +163,7 @@ def test_an_overlay_of_a_dense_or_text_answer(tmp_path, capsys):
         assert path.exists()
 
 
+@pytest.mark.slow
 def test_interrupting_keeps_what_was_said(tmp_path):
     """Ctrl-C while answering: the text so far, the statistics, no traceback, exit code 130."""
     slow = tmp_path / "slow.py"
@@ -188,6 +192,7 @@ def test_interrupting_keeps_what_was_said(tmp_path):
     assert b"Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     command = " ".join([*MODULE, "2>err", "|", "head", "-c", "3"])
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
@@ -273,6 +278,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_are_one_line(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -380,6 +386,7 @@ def test_methods_are_listed(capsys):
     assert all(len(line.split()) > 4 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fastv", "visionzip", "pdrop"])
 def test_other_methods_answer(capsys, tmp_path, method):
     picture = tmp_path / "out.png"

@@ -66,6 +66,7 @@ def test_of_several_processes_one_reports_misuse(capsys):
     assert of_command(raising(NanoglimpseError("failed")), capsys, **silent)[1] != ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
@@ -89,6 +90,7 @@ def test_the_handler_of_sigterm_is_put_back(capsys):
     assert inside != [before]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
 def test_closed_streams_are_no_error(closed, tmp_path):
     command = f"{sys.executable} -m nanoglimpse.generate --quiet {closed}; echo $?"
@@ -98,6 +100,7 @@ def test_closed_streams_are_no_error(closed, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_of_everything_that_leaves_is_no_error(tmp_path):
     """Both streams end in a pipe that nobody reads any more."""
     command = f"{sys.executable} -m nanoglimpse.generate 2>&1 | head -c 3; echo; ls"

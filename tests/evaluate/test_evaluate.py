@@ -30,6 +30,7 @@ ARGUMENTS = ["--count", "3", "--domains", "scene", "--batch", "2", "--device", "
 SMALL = ["--data", str(EXAMPLES / "questions.jsonl"), "--count", "5", "--device", "cpu", "--quiet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_questions_are_fixed_and_of_all_kinds(domain):
     questions = list(world_questions(HELDOUT, domain, 40, False))
@@ -111,6 +112,7 @@ def test_boxes_are_optional_and_the_training_layout_is_read(tmp_path):
     assert two.qa.boxes == ((0.25, 0.25, 0.5, 0.5),)
 
 
+@pytest.mark.slow
 def test_missing_pictures_are_counted_and_named(files, tmp_path, capsys):
     rows = json.loads((files / "viscot.json").read_text())
     gone = rows[0]["image"][0]
@@ -232,6 +234,7 @@ def test_a_result_has_the_scores_and_costs_of_the_answer(nano):
     assert not {"cells", "importance", "grid"} & plain.keys()
 
 
+@pytest.mark.slow
 def test_pictures_are_encoded_once_for_methods_with_equal_needs(nano, monkeypatch):
     """Answers equal those without sharing, and every method is charged for the vision encoder."""
     questions, seen = list(WorldQuestions(1_000_000, ["scene"], 2).questions(False)), []
@@ -308,6 +311,7 @@ def test_a_table_of_results(tmp_path, capsys):
     assert lines[2].startswith(f"| dense | {100 * sum(dense) / 3:.1f} | 100.0 |")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(tmp_path, capsys):
     """Wherever the file is cut, even in the first line, the next run completes it."""
     out = tmp_path / "results.jsonl"
@@ -362,6 +366,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert run.stdout.count("| dense |") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

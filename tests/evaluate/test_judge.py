@@ -214,6 +214,7 @@ def test_the_command(endpoint, tmp_path, capsys):
     assert "| dense | 0.500 | 0.500 |" in printed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_graded(endpoint, tmp_path, capsys):
     server = endpoint(lambda number, body: says("score: 0.75"))
     out = tmp_path / "results.jsonl"

@@ -180,6 +180,7 @@ def watched(monkeypatch):
             yield launched, operations.names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="counts with kernels left out")
 def test_a_step_asks_nothing_and_launches_six_a_layer(tmp_path, monkeypatch):
     counts = []

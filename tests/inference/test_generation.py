@@ -224,6 +224,7 @@ def hf_probabilities(logits, seen, temperature=1.0, top_k=0, top_p=1.0, penalty=
     return steps(seen, logits.clone()).softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

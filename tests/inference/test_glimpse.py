@@ -38,6 +38,7 @@ def close(ours, theirs, tolerance=1e-5):
     torch.testing.assert_close(apart, torch.zeros_like(apart), rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize(
     "change",
@@ -83,6 +84,7 @@ def test_every_stage_equals_the_reference(tiny_folder, hf, tmp_path, name, chang
     assert list(engine.decode(ours, 12, ignore_eos=True)) == theirs.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threshold", "max_ratio", "min_tokens"),
     [(0.5, None, 1), (0.5, 0.2, 1), (0.9, 0.02, 0), (1.0, None, 0), (0.99, 0.1, 9), (0.2, 0.5, 3)],
@@ -141,6 +143,7 @@ def test_selection_pools_images_and_anchors_each():
     assert kept.nonzero().flatten().tolist() == [0, 3, 4, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pdrop", "vscan"])
 def test_corners_of_the_weights_are_not_for_methods_that_look_again(tiny_folder, tmp_path, method):
     write_glimpse(tmp_path, tiny_folder, anchor_positions=["br"])
@@ -249,6 +252,7 @@ def test_budgets_are_those_of_the_closed_form(tiny):
     assert dataclasses.astuple(prefill.budgets) == pytest.approx((1, (4 + 2 * ratio) / 6, ratio))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["glimpse", "dense"])
 def test_a_batch_equals_each_prompt_alone(tiny, method):
     """The official code decodes all rows of a batch at the last one's position (3.15)."""

@@ -76,6 +76,7 @@ def same(ours, expected):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("kv_drop", ["all", "later"])
 @pytest.mark.parametrize("method", ["glimpse", "attention"])
@@ -96,6 +97,7 @@ def test_pruning_is_that_of_torch(engines, name, kv_drop, method):
     assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_several_layers_are_scored(tiny_folder, tmp_path):
     """The last one while it is written, the other from its cached keys."""
     write_glimpse(tmp_path, tiny_folder, selected_layers=[1, 3])
@@ -110,6 +112,7 @@ def test_several_layers_are_scored(tiny_folder, tmp_path):
     assert same(ours, expected)
 
 
+@pytest.mark.slow
 def test_a_further_question_is_that_of_torch(engines):
     """The keys of the picture are cached; all keys are scored in one launch."""
     prefills = []
@@ -121,6 +124,7 @@ def test_a_further_question_is_that_of_torch(engines):
         assert same(ours, expected)
 
 
+@pytest.mark.slow
 def test_a_trace_is_that_of_torch(engines):
     ours, expected = (
         engines[name].prefill_many(prompts_of(engines[name], "ragged"), trace=True)
@@ -130,6 +134,7 @@ def test_a_trace_is_that_of_torch(engines):
     torch.testing.assert_close(ours.hidden, expected.hidden, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "ragged"])
 def test_scores_on_the_way_are_those_of_the_cached_keys(engines, name, monkeypatch):
     """The selection reads the same logits whether keys are scored when written or afterwards."""
@@ -166,6 +171,7 @@ def launched(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["image", "ragged"])
 def test_launches_between_the_last_keys_and_the_tail(engines, name, launched, monkeypatch):
     """One writes and scores the keys of layer K, and one attends and gathers."""
@@ -196,6 +202,7 @@ def test_launches_between_the_last_keys_and_the_tail(engines, name, launched, mo
     assert stretch[last:] == ["product", "rope_kernel", "attention_kernel"]
 
 
+@pytest.mark.slow
 def test_cached_keys_are_scored_in_one_launch(engines, launched):
     """Of a session's prefix, and of a batch whose layer has run to its end."""
     engine = engines["kernels"]

@@ -63,6 +63,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [60, 200, 100000], ids=["one by one", "in turns", "at once"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_answer_is_that_of_the_question_alone(engine, options, limit):
@@ -214,6 +215,7 @@ def test_gaps_are_found_first_fit(engine):
     assert pool.next_position.tolist() == [2]
 
 
+@pytest.mark.slow
 def test_many_short_questions_leave_no_memory_behind(engine):
     """Objects, bytes of Python and bytes of tensors; the layouts' cache is full before."""
 
@@ -278,6 +280,7 @@ ROWS = (
 )
 
 
+@pytest.mark.slow
 def test_a_file_of_questions_is_answered_as_each_alone(batch, nano):
     batch.write(ROWS[0], "", *ROWS[1:])
     code, lines, err = batch.run(to_file=False)
@@ -392,6 +395,7 @@ def test_a_file_with_mistakes_is_refused_before_any_work(batch, rows, words):
     assert not batch.output.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [

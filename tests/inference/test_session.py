@@ -81,6 +81,7 @@ def options(name):
 REUSED = [name for name in METHODS if name not in ("cdpruner", "oracle")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REUSED)
 def test_every_method_answers_as_without_a_session(tiny, name):
     """In any order, questions of one row to thirty, a second time as the first."""
@@ -286,6 +287,7 @@ def test_cdpruner_is_refused(tiny):
         tiny.session(pictures(tiny), "cdpruner", max_ratio=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense", "vscan", "divprune", "sparsevlm"])
 def test_pictures_are_added(tiny, name):
     """As if they had been there; the layers read the new ones alone, but for a new choice."""
@@ -414,6 +416,7 @@ def told(name):
     return options(name) | {"seed": 3, "threshold": 0.4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense", "vscan", "prumerge", "sparsevlm", "random"])
 def test_a_saved_session_answers_the_same(tiny, tiny_folder, tmp_path, name):
     """On another engine of the same weights, whose backend lays some of them out otherwise."""
@@ -449,6 +452,7 @@ def rewritten(saved, path, change, **metadata):
     save_file(tensors, path, known | metadata)
 
 
+@pytest.mark.slow
 def test_a_session_is_refused_by_other_weights(saved, tmp_path):
     """Of model or glimpse, even if a single matrix of the vision encoder differs."""
     folder = tmp_path / "model"
@@ -551,6 +555,7 @@ def test_a_conversation_has_the_chat_layout(nano):
         tokenizer.encode_special_tokens = True
 
 
+@pytest.mark.slow
 def test_a_question_about_pictures_equals_a_fresh_one(nano):
     """Several pictures, a system prompt, limits of their size."""
     layout = {"system": "Answer.", "max_pixels": 50176}
@@ -574,6 +579,7 @@ def test_text_before_a_question_is_encoded_with_it_where_there_is_no_picture(nan
     assert session.ask("Is it?").token_ids == nano.ask(SCENES[1], "Is it?").token_ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["glimpse", "dense", "sparsevlm"])
 def test_a_conversation_equals_fresh_prompts(nano, method):
     """Every turn sees all earlier ones, and chooses anew among all visual tokens."""
@@ -642,6 +648,7 @@ def test_a_question_that_fails_is_no_turn(nano):
     assert session.turns == before
 
 
+@pytest.mark.slow
 def test_a_saved_conversation_goes_on(nano, tmp_path):
     session = nano.session(SCENES[1], system="Answer.")
     session.chat(QUESTIONS[0])
@@ -670,6 +677,7 @@ def talk(text, *arguments, monkeypatch, capsys):
     return code, out.out, out.err
 
 
+@pytest.mark.slow
 def test_a_pipe_of_questions(nano, monkeypatch, capsys):
     """Answers alone on stdout, a line each; what was kept on stderr."""
     lines = "\n".join(("/alone", *QUESTIONS[:2], "", QUESTIONS[0]))
@@ -682,6 +690,7 @@ def test_a_pipe_of_questions(nano, monkeypatch, capsys):
     assert drawn == [line for i in (0, 1, 0) for line in chat.cells(answers[i].kept.view(16, 16))]
 
 
+@pytest.mark.slow
 def test_a_conversation_and_its_commands(nano, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "my overlay.png"
     lines = [QUESTIONS[0], f"/image {SCENES[1]}", QUESTIONS[1], f"/overlay {picture}", "/stats"]
@@ -721,6 +730,7 @@ def test_a_chat_is_saved(nano, tmp_path, monkeypatch, capsys):
     assert session.chat(QUESTIONS[1]).text == said[1]
 
 
+@pytest.mark.slow
 def test_a_saved_session_is_opened(nano, tmp_path, monkeypatch, capsys):
     """One question by itself, and the conversation from where it was."""
     path = tmp_path / "scene.session"
@@ -845,6 +855,7 @@ def read_until(terminal, words, seconds=60):
     return shown
 
 
+@pytest.mark.slow
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(

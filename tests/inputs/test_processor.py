@@ -60,6 +60,7 @@ def oracle(image, **limits):
     return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_pixels_are_bit_exact(name):
     image = PICTURES[name]()
@@ -287,6 +288,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_pictures_give_one_clear_line(kind, tmp_path):
     path = tmp_path / "bad.png"
@@ -309,6 +311,7 @@ def test_limits_that_cannot_be_met_are_refused():
         preprocess_image(PICTURES["RGB"](), min_pixels=5000, max_pixels=4000)
 
 
+@pytest.mark.slow
 def test_a_warning_size_is_no_error(tmp_path):
     """Pillow warns from 90 million pixels on; the picture is read all the same."""
     path = tmp_path / "big.png"

@@ -427,6 +427,7 @@ def test_the_cap_of_frames_holds_for_clips_alone(tiny):
     assert [int(part.sum()) for part in fewest.kept.split([28, 60])] == [20, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [{}, {"max_ratio": 0.25}, {"max_ratio": 0.1, "min_tokens": 9}])
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].pooled])
 def test_capped_frames_are_the_same_in_a_batch_and_in_a_session(tiny, name, rule):
@@ -508,6 +509,7 @@ def test_methods_by_image_take_pairs_of_frames_for_images(tiny):
 MIXED = ((4, CLIP, 1, STILL, 5), (7,), (2, STILL, (2, 4, 4, "video"), 1, STILL, 3), (1, CLIP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_with_videos_is_each_prompt_alone(tiny, name):
     prompts = [prompt_of(tiny, parts, seed=seed) for seed, parts in enumerate(MIXED)]
@@ -661,6 +663,7 @@ def test_a_file_of_questions_may_name_videos(clip, tmp_path, capsys, monkeypatch
     assert (lines[0]["tokens"], lines[0]["kept_tokens"]) == (one.token_ids, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["glimpse", "dense"])
 def test_the_overlay_of_a_clip(nano, tmp_path, method):
     """A sheet with every pair of frames, and an animation that shows each as long as it lasts."""

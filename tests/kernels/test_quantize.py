@@ -145,6 +145,7 @@ def ours_prompt(engine):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_quantised_logits_stay_close(nano, mode):
     """With trained weights the logits are close to exact ones, and the answer is the same."""

@@ -51,6 +51,7 @@ def hopper():
     return compiled(["sm_90"])
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_hopper(hopper):
     """At the shapes of 3B and 7B no kernel spills, and shared memory suffices."""
     assert len({kernel for _, _, kernel, *_ in hopper}) == 9
@@ -100,6 +101,7 @@ def test_partial_sums_are_complete_before_they_are_added(hopper):
     assert split >= 6
 
 
+@pytest.mark.slow
 def test_the_tightest_kernels_compile_for_each_kind_of_gpu():
     table = compiled(KINDS, TIGHT)
     assert {row[1] for row in table} == set(TIGHT)
@@ -114,6 +116,7 @@ print(json.dumps({name: len(variants) for name, variants in found.items()}))
 """
 
 
+@pytest.mark.slow
 def test_no_batch_and_no_length_compiles_in_mid_answer():
     """Each of the four products of a layer is a variant, and each of the others is one kernel."""
     done = subprocess.run(

@@ -212,6 +212,7 @@ def test_large_activations_do_not_overflow_before_the_norm():
     torch.testing.assert_close(ours, low, rtol=2e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gated", [False, True])
 def test_skinny_linear_reads_its_row_and_weights(gated):
     columns = 40
@@ -280,6 +281,7 @@ def exact_decode(q, k, v, starts, lengths):
     return out.flatten(1)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize(
     ("lengths", "heads", "group", "width"),
@@ -294,6 +296,7 @@ def test_decode_attention(dtype, lengths, heads, group, width):
     assert torch.equal(TRITON.decode_attention(*inputs[:3], *spans), ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(100,), (1, 65)])
 def test_decode_attention_reads_exactly_its_keys(lengths):
     q, k, v, starts, _ = decode_inputs(lengths, 2, 3, 16)
@@ -371,6 +374,7 @@ SHAPES = [  # heads, kv heads, width, width of a value
 ]
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -385,6 +389,7 @@ def test_attention(dtype, causal, shape):
     check(ours, low, exact_attention(q, k, v, visible(lengths, causal))[0])
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_of_some_rows(dtype, causal):
@@ -405,6 +410,7 @@ def test_attention_over_scattered_rows():
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_attention_reads_exactly_its_keys(causal, pruned):
@@ -421,6 +427,7 @@ def test_attention_reads_exactly_its_keys(causal, pruned):
     torch.testing.assert_close(out.view(len(rows), 6, 139), expected)
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("width", [16, 72])
 def test_attention_colsum(dtype, width):
@@ -515,6 +522,7 @@ def test_row_logits_read_the_query_of_their_segment():
     assert changed(by_head, q[:1].transpose(0, 1), 0, 3, 5) == [[0], [3], [5]]
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("sliced", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -544,6 +552,7 @@ def test_rope_append_scores(dtype, sliced, lengths, queries, heads, kv_heads, wi
         check(ours, low, wanted)
 
 
+@pytest.mark.slow
 def test_scored_keys_belong_to_their_segment():
     lengths, rope = (33, 1, 70), Rope.of(randn(104, 12))
     q, qkv = randn(3, 6, 24), randn(104, 10, 24)
@@ -560,6 +569,7 @@ def test_scored_keys_belong_to_their_segment():
     assert changed(lambda x: score(q, x), qkv, *places) == scored_rows
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("sliced", [True, False])
 @pytest.mark.parametrize(

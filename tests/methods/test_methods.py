@@ -49,6 +49,7 @@ def prompt_of(engine, *parts, seed=0):
     return Prompt.from_tokens(ids, patches_of(grids, seed), grids, config=engine.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CAPPED, "pdrop"])
 def test_keeping_all_is_dense(engine, name):
     """To the bit: the same rows go through the same products."""
@@ -59,6 +60,7 @@ def test_keeping_all_is_dense(engine, name):
     assert list(engine.decode(all_kept, 6)) == list(engine.decode(dense, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CAPPED if name != "evs"])
 @pytest.mark.parametrize("ratio", [0.05, 1 / 9, 0.5])
 def test_the_budget_is_met(engine, name, ratio):
@@ -77,6 +79,7 @@ def test_the_budget_is_met(engine, name, ratio):
     assert prefill.budgets.prefill_ratio == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_batch_is_each_prompt_alone(engine, name):
     prompts = [
@@ -96,6 +99,7 @@ def test_a_batch_is_each_prompt_alone(engine, name):
         assert list(answer) == list(engine.decode(one, 8, ignore_eos=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("fastv", 2), ("attention", 4)])
 def test_attention_methods_rank_as_transformers_attends(tiny_folder, engine, name, layer):
     """The last prompt token's softmax row in the last layer that runs on everything."""
@@ -120,6 +124,7 @@ def test_attention_methods_rank_as_transformers_attends(tiny_folder, engine, nam
     assert torch.equal(engine.prefill(prompt, name, max_ratio=0.2).kept, expected)
 
 
+@pytest.mark.slow
 def test_random_is_drawn_by_the_seed(engine):
     prompt = prompt_of(engine, 3, GRIDS[0], 6)
     one, same, other = (
@@ -171,6 +176,7 @@ class Staged(PruningMethod):
         return Decision(torch.arange(count) % 3 != 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["after", "inside"])
 @pytest.mark.parametrize("kv_drop", ["all", "later"])
 def test_a_method_may_look_several_times(engine, kv_drop, inside):
@@ -226,6 +232,7 @@ def test_a_method_may_look_several_times(engine, kv_drop, inside):
 INSIDE = ["attention", "fastv", "glimpse", "nothing", "oracle", "random", "vtw"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 @pytest.mark.parametrize("kv_drop", ["all", "later"])
 def test_pruning_inside_a_layer_is_pruning_after_it(engine, monkeypatch, name, kv_drop):
@@ -273,6 +280,7 @@ def _step(engine, token, position, held):
     return engine.decoder.logits(hidden)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["fastv", "attention", "random", "pdrop", "sparsevlm", "sparsevlm+", "vscan", "polymorphic"],
@@ -521,6 +529,7 @@ def test_tome_merges_pairs_by_weight():
     torch.testing.assert_close(merged[left[0]] * 13, mass)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("grid", [(1, 2, 2), (1, 2, 14)], ids=["one token", "one row"])
 def test_degenerate_pictures(engine, name, grid):
@@ -888,6 +897,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("parts", LAYOUTS.values(), ids=LAYOUTS)
 def test_positions_are_kept_wherever_pictures_stand(engine, name, parts):

@@ -55,6 +55,7 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_method_is_a_name_an_object_or_a_file(nano, file):
     forms = [
         {"method": EveryThird()},
@@ -72,6 +73,7 @@ def test_a_method_is_a_name_an_object_or_a_file(nano, file):
     assert named.token_ids == itself.token_ids
 
 
+@pytest.mark.slow
 def test_a_file_is_a_method_in_every_command(file, tmp_path, capsys):
     method = f"{file}:EveryThird"
     shown = ["--image", str(SCENE), "--quiet", "--method", method]

@@ -5,6 +5,7 @@ import pytest
 from tests.helpers.prompts import QUESTION, SCENE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

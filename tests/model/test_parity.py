@@ -66,6 +66,7 @@ def close(ours, theirs, tolerance=1e-5):
     torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", CASES.values(), ids=CASES)
 def test_stages_and_tokens(pair, parts):
     engine, hf = pair

@@ -105,6 +105,7 @@ def quiet(line: str) -> None:
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap", [0, 7])
 def test_a_branch_is_computed_as_if_it_were_alone(engine, gap):
     """The shared prefix, other questions and padding change nothing; a gap shifts positions."""
@@ -176,6 +177,7 @@ def test_visual_logits_are_those_of_the_layer(engine):
             torch.testing.assert_close(logits[branch, :, head], wanted)
 
 
+@pytest.mark.slow
 def test_training_computes_the_importance_of_inference(folder, engine, tmp_path):
     """Logits and importance in training equal those of the engine with the written weights."""
     task = glimpse_task(engine)
@@ -237,6 +239,7 @@ def test_boxes_mark_visual_tokens(folder, box, cells):
     assert {tuple(cell) for cell in mask.nonzero().tolist()} == cells
 
 
+@pytest.mark.slow
 def test_frozen_parameters_never_change(engine, tmp_path):
     before = {k: v.clone() for k, v in engine.decoder.state_dict().items()}
     before |= {k: v.clone() for k, v in engine.vision.state_dict().items()}
@@ -251,6 +254,7 @@ def test_frozen_parameters_never_change(engine, tmp_path):
     assert all(p.grad is None for p in engine.decoder.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("losses", "trained"),
     [(LossWeights(lm=0.0), {"token", "predictor"}), (LossWeights(dice=0.0, bce=0.0), {"token"})],
@@ -337,6 +341,7 @@ def small_base(folder: Path) -> BaseTask:
     return task
 
 
+@pytest.mark.slow
 def test_a_state_of_another_run_is_refused(folder, engine, tmp_path, capsys):
     common = ["glimpse", str(tmp_path), "--model", str(folder), "--device", "cpu", "--steps", "1"]
     common += ["--pictures", "1", "--questions", "1", "--accumulate", "1", "--no-lm-loss"]
@@ -421,6 +426,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(folder, tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_samples_are_learned_by_heart(tmp_path):
     """Cell loss, language loss and optimiser together, in well under a minute."""
     shape = {**SHAPE, "num_hidden_layers": 3}
@@ -619,6 +625,7 @@ def test_what_counts_as_right(reply, short, right):
     assert contains(reply, short) is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CURRICULA)
 def test_a_curriculum_can_be_drawn(name):
     """Every kind of picture of every stage has things and questions."""
@@ -645,6 +652,7 @@ def test_micro_batches_have_about_the_same_size():
             assert stage.work - each < stage.pictures((width, height)) * each <= stage.work
 
 
+@pytest.mark.slow
 def test_weights_of_kinds_of_pictures(folder):
     """Kinds of pictures are drawn by their weights; here a canvas identifies a kind."""
     sides = {112: 1, 140: 6, 168: 3}
@@ -668,6 +676,7 @@ def test_half_of_the_batches_have_a_gap_before_questions(folder):
     assert 15 < max(gaps) <= base.GAP
 
 
+@pytest.mark.slow
 def test_a_base_run_of_some_domains(tmp_path):
     """Only these domains are drawn and evaluated, starting in the first stage with them."""
     write_folder(tmp_path, SHAPE, 0, pictures=40)
@@ -860,6 +869,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line(folder, tmp_path, capsys, name):
     content, options, message = BAD[name]
@@ -915,6 +925,7 @@ def test_variants_are_ordinary_weights(folder, tmp_path):
             assert int(answer.kept.sum()) == 7
 
 
+@pytest.mark.slow
 def test_a_glimpse_can_start_as_a_token(folder, tmp_path):
     """The first vector starts as the embedding, and the trained vectors are saved."""
     engine = load(folder, device="cpu", dtype="float32", backend=OPS)

@@ -90,6 +90,7 @@ for seed, index in ((0, 1), (1_000_000, 2), (2_000_000, 3)):
 """
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_pictures_and_questions():
     runs = [
         subprocess.run(
@@ -115,6 +116,7 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before():
     assert digest() == first
 
 
+@pytest.mark.slow
 def test_boxes_are_inside_and_not_empty(pictures):
     for picture in pictures:
         assert picture.things
@@ -359,6 +361,7 @@ def test_splits_keep_names_and_canvases_apart(pictures):
         assert all(side % 28 == 0 for side in picture.image.size)
 
 
+@pytest.mark.slow
 def test_most_training_pictures_have_invented_names():
     drawn = [
         names_of(render(seed, index, domain=domain))
