@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def sources():
             yield ".".join(part for part in parts if part != "__init__"), file
 
 
+@cache
 def trees():
     return [(name, ast.parse(file.read_text("utf-8"))) for name, file in sources()]
 
@@ -132,6 +134,7 @@ def test_no_two_rooms_import_each_other():
         visit(name)
 
 
+@cache
 def code_lines(file):
     """Lines that hold a token, without docstrings, comments and blank lines."""
     source = file.read_text("utf-8")
@@ -219,6 +222,7 @@ def test_an_answer_loads_nothing_of_the_upper_floors(answer):
         assert rooms >= {"model", "kvcache", "inference", "kernels"}
 
 
+@pytest.mark.slow
 def test_an_answer_enters_few_files(answer):
     assert 0 < len(answer[2]) <= ENTERED_FILES
 

@@ -98,6 +98,7 @@ def test_an_installation_holds_everything(installed):
     assert ours == {"nanoglimpse", "bin"}
 
 
+@pytest.mark.slow
 def test_an_installation_states_its_version_and_address(installed):
     (metadata,) = installed.glob("*.dist-info/METADATA")
     text = metadata.read_text("utf-8")

@@ -213,6 +213,7 @@ def marked(name):
     return after.partition("```")[0].splitlines()
 
 
+@pytest.mark.slow
 def test_the_readme_quotes_the_first_command(nano):
     answer = nano.ask(SCENE, QUESTION)
     assert marked("output") == report(answer)[:3]
@@ -243,6 +244,7 @@ def is_rounded(stated, counted):
     return number % 100 == 0 and abs(number - counted) <= 75
 
 
+@pytest.mark.slow
 def test_the_readme_counts_lines():
     after = README.read_text("utf-8").partition("\n<!-- sizes -->\n")[2]
     rows = tables(after)[0][2:]
@@ -287,6 +289,7 @@ def words(page):
     return page.read_text("utf-8").replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_further_question_costs_what_the_readme_says(nano):
     """FLOPs up to the first logits, of a session's first question and of the next one."""
     session = nano.session(SCENE)

@@ -131,6 +131,7 @@ def test_transformers_with_a_static_cache(bench, shape, capsys, monkeypatch):
     assert "static cache, compiled differ" in out
 
 
+@pytest.mark.slow
 def test_nothing_is_timed_that_computes_wrong(bench, shape, capsys, monkeypatch):
     """Here: a pruned model whose surviving rows attend to all rows alike."""
     query = Block.query_of_normed
@@ -142,6 +143,7 @@ def test_nothing_is_timed_that_computes_wrong(bench, shape, capsys, monkeypatch)
     assert json.loads(out.splitlines()[-1])["cases"] == []
 
 
+@pytest.mark.slow
 def test_the_gate_holds_transformers_beside(bench, shape, capsys, monkeypatch):
     monkeypatch.setattr(
         "nanoglimpse.model.decoder.Decoder.logits",
@@ -230,6 +232,7 @@ def unlike(self, prompts, *rest, prefill_many=Engine.prefill_many, **options):
     return prefill_many(self, prompts[::-1], *rest, **options)
 
 
+@pytest.mark.slow
 def test_questions_without_transformers_or_several_counts(bench, shape, capsys):
     options = ("--ragged", 2, 3, "--retain", 1, "--alone", "--visual-tokens", 24, 40)
     code, out, _ = call(bench, shape, capsys, *options)
@@ -240,6 +243,7 @@ def test_questions_without_transformers_or_several_counts(bench, shape, capsys):
     assert [*found[0]["ratios"]["dense"]] == ["one by one"]
 
 
+@pytest.mark.slow
 def test_operations_alone(bench, shape, capsys):
     code, out, _ = call(bench, shape, capsys, "--kernels")
     assert code == 0
@@ -248,6 +252,7 @@ def test_operations_alone(bench, shape, capsys):
     assert all(entry["ms"] > 0 < entry["of_roof"] for entry in entries)
 
 
+@pytest.mark.slow
 def test_accuracy_in_few_bits(bench, shape, capsys):
     code, out, _ = call(bench, shape, capsys, "--quantize", "int8", "--alone", "--retain", 1)
     assert code == 0
@@ -276,6 +281,7 @@ def test_misuse_is_one_line(bench, shape, capsys, options, words):
     assert words in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dense", "glimpse", "random"])
 def test_products_are_counted_as_torch_counts_them(tiny_folder, method):
     """Matrix products of both towers and the predictor; attention is left to its own formula."""

@@ -62,22 +62,26 @@ def test_without_arguments_it_answers_a_built_in_question(nano, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_question_and_picture(capsys):
     code, out, err = call(QUESTION, "--image", SCENE, "--method", "dense", capsys=capsys)
     assert (code, out) == (0, ANSWER + "\n")
     assert "256 tokens, 256 kept (100.0%), method dense" in err
 
 
+@pytest.mark.slow
 def test_text_alone(capsys):
     code, out, err = call("What is red?", "--max-new-tokens", 3, capsys=capsys)
     assert (code, len(out) > 1) == (0, True)
     assert "0 tokens, 0 kept, method" in err
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_else(capsys):
     assert call("--quiet", capsys=capsys) == (0, ANSWER + "\n", "")
 
 
+@pytest.mark.slow
 def test_json_is_one_object(nano, capsys):
     code, out, _ = call(QUESTION, "--image", SCENE, "--json", capsys=capsys)
     assert code == 0
@@ -98,6 +102,7 @@ def test_json_is_one_object(nano, capsys):
     assert "vision" in data["timings"]
 
 
+@pytest.mark.slow
 def test_weights_of_few_bits(capsys):
     code, out, err = call(QUESTION, "--image", SCENE, "--quantize", "int8", capsys=capsys)
     assert (code, out) == (0, f"{ANSWER}\n")
@@ -122,6 +127,7 @@ def spread(colour) -> int:
     return max(colour) - min(colour)
 
 
+@pytest.mark.slow
 def test_the_overlay_shows_kept_cells_and_importance(nano, tmp_path, capsys):
     path = tmp_path / "o.png"
     code, _, err = call("--overlay", path, capsys=capsys)
@@ -156,6 +162,7 @@ def test_an_overlay_of_several_pictures_has_a_panel_for_each(tmp_path, capsys):
         assert a.width == b.width
 
 
+@pytest.mark.slow
 def test_an_overlay_of_a_dense_or_text_answer(tmp_path, capsys):
     for arguments in ((QUESTION, "--image", SCENE, "--method", "dense"), ("What?",)):
         path = tmp_path / "o.png"
@@ -294,6 +301,7 @@ def test_errors_are_one_line(case, tmp_path, capsys, monkeypatch):
     assert not [p for p in made if p.suffix == ".png" and p.name.startswith((".", "o"))]
 
 
+@pytest.mark.slow
 def test_glimpse_is_asked_for_without_weights(bare, capsys):
     code, _, err = call("x", "--quiet", "--model", bare, "--method", "glimpse", capsys=capsys)
     assert code == 2
@@ -358,6 +366,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, capsys, monkeyp
     assert "read-only" in err
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_half_overlay(tmp_path, capsys, monkeypatch):
     def fail(self, data):
         self.touch()

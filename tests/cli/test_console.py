@@ -129,6 +129,7 @@ def test_progress_is_rewritten_on_a_terminal_and_rare_elsewhere(monkeypatch, ter
     assert screen.getvalue() == said
 
 
+@pytest.mark.slow
 def test_the_command_lists_its_commands(capsys):
     assert main([]) == main(["--help"]) == 0
     out = capsys.readouterr().out

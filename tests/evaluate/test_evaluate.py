@@ -44,6 +44,7 @@ def test_questions_are_fixed_and_of_all_kinds(domain):
     assert first == [question.name for question in questions[:10]]
 
 
+@pytest.mark.slow
 def test_kinds_of_questions_can_be_chosen():
     world = WorldQuestions(HELDOUT, ["scene"], 12, ["number", "exists", "bar"])
     questions = list(world.questions(True))
@@ -70,6 +71,7 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_both_layouts_hold_the_same_questions(files):
     plain = FileQuestions([files / "questions.jsonl"], None, None)
     benchmark = FileQuestions([files / "viscot.json"], None, None)
@@ -191,12 +193,14 @@ def test_combinations():
     assert Variant("fastv", 0.5, True, "later").name == "fastv 0.5 later brief"
 
 
+@pytest.mark.slow
 def test_all_methods_can_be_checked_before_the_work(nano):
     check_variants(nano, [Variant(name, 0.5) for name in METHODS])
     with pytest.raises(UsageError, match="cannot be reached"):
         check_variants(nano, [Variant("random", 0.1, kv_drop="later")])
 
 
+@pytest.mark.slow
 def test_method_nothing_keeps_nothing(nano):
     prompt = nano.prompt(SCENE, QUESTION)
     prefill = nano.prefill(prompt, "nothing")
@@ -207,6 +211,7 @@ def test_method_nothing_keeps_nothing(nano):
     assert prefill.budgets.prefill_ratio == -(-2 * depth // 3) / depth
 
 
+@pytest.mark.slow
 def test_a_result_has_the_scores_and_costs_of_the_answer(nano):
     question = next(iter(FileQuestions([EXAMPLES / "questions.jsonl"], None, 1).questions(False)))
     (row,) = answer_batch(QuestionBatch(nano, [question]), Variant("glimpse", 0.2), gallery=1)
@@ -288,6 +293,7 @@ def test_scores_of_examples_equal_those_of_single_answers(nano):
     assert 0 < found["recall"] < 1
 
 
+@pytest.mark.slow
 def test_a_table_of_results(tmp_path, capsys):
     out = tmp_path / "results.jsonl"
     options = ["--methods", "dense", "random", "oracle", "--ratios", "none", "0.25", "--out"]
@@ -388,6 +394,7 @@ def test_results_of_other_options_are_not_mixed(change, message, tmp_path, capsy
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_other_weights_are_not_mixed(tmp_path, capsys):
     """Weights that change in the same folder are noticed."""
     model, out = tmp_path / "model", tmp_path / "results.jsonl"
@@ -405,6 +412,7 @@ def test_results_of_other_weights_are_not_mixed(tmp_path, capsys):
     assert "other options: weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ['{"image": "a.png"}\n', "notes\nwithout an end", "[]"])
 def test_other_files_are_left_alone(text, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
@@ -429,6 +437,7 @@ def test_another_world_is_other_data():
     assert WorldQuestions(1, ["scene"], 3).identity == WorldQuestions(1, ["chart"], 9).identity
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -393,6 +393,7 @@ def test_the_pages_charts(shown):
     assert colours[0] != colours[1]
 
 
+@pytest.mark.slow
 def test_methods_are_distinguishable_in_charts():
     """Marks and lines of 24 methods are all different."""
     rows = [result(n, f"method{m}", 0.1 * n, decode_kv=0.1 * n) for m in range(24) for n in (1, 2)]

@@ -88,6 +88,7 @@ def storage(own):
     return [x.data_ptr() for x in buffers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loaded", ["torch"], indirect=True)
 def test_one_graph_serves_all_questions(engines):
     eager, engine = engines
@@ -203,6 +204,7 @@ def test_a_step_asks_nothing_and_launches_six_a_layer(tmp_path, monkeypatch):
     assert counts[1] - counts[0] == 6 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1, 3, 20])
 def test_running_ahead_changes_no_token(tiny, ahead):
     read = prefill(tiny, *PROMPTS)

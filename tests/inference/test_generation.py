@@ -28,6 +28,7 @@ def prompt_of(engine, *parts, seed=0):
     )
 
 
+@pytest.mark.slow
 def test_an_answer_carries_what_it_cost(nano):
     answer = nano.ask(SCENE, QUESTION)
     assert answer.text == ANSWER
@@ -52,6 +53,7 @@ def test_an_answer_carries_what_it_cost(nano):
     assert answer.grids == ((1, 32, 32),)
 
 
+@pytest.mark.slow
 def test_a_dense_answer_prunes_nothing(nano):
     answer = nano.ask(SCENE, QUESTION, method="dense")
     assert bool(answer.kept.all())
@@ -60,6 +62,7 @@ def test_a_dense_answer_prunes_nothing(nano):
     assert list(answer.stats.timings) == ["preprocess", "vision", "layers"]
 
 
+@pytest.mark.slow
 def test_streamed_pieces_make_the_answer(nano):
     stream = nano.stream(SCENE, QUESTION)
     assert stream.answer.text == ""
@@ -69,6 +72,7 @@ def test_streamed_pieces_make_the_answer(nano):
     assert len(pieces) > 5
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_left_says_what_there_was(nano):
     stream = nano.stream(SCENE, QUESTION)
     for count, _ in enumerate(stream):
@@ -79,12 +83,14 @@ def test_a_stream_that_is_left_says_what_there_was(nano):
     assert stream.answer.text == " ".join(ANSWER.split()[:3])
 
 
+@pytest.mark.slow
 def test_length_ends_an_answer(nano):
     answer = nano.ask(SCENE, QUESTION, max_new_tokens=4)
     assert len(answer.token_ids) == 4
     assert answer.finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_ending_tokens_come_from_the_generation_config(nano):
     said = json.loads((EMBEDDED["nano"] / "generation_config.json").read_text())
     assert nano.model.eos_token_id == {said["eos_token_id"]}
@@ -94,12 +100,14 @@ def test_ending_tokens_come_from_the_generation_config(nano):
     assert longer.token_ids[: len(ended.token_ids)] == ended.token_ids
 
 
+@pytest.mark.slow
 def test_several_pictures_and_text_between(nano):
     answer = nano.ask([], ["A: ", SCENE, " B: ", SCENE, QUESTION], method="dense")
     assert answer.stats.visual_tokens == 512
     assert len(answer.grids) == 2
 
 
+@pytest.mark.slow
 def test_decode_takes_more_tokens_than_the_prefill_made_room_for(tiny):
     """Room is found once, before decoding; nothing is written behind the cache's end."""
     prompt = prompt_of(tiny, 3, (1, 12, 18), 5)
@@ -258,6 +266,7 @@ def test_a_penalty_changes_greedy_choices_and_remembers_them():
     assert [int(sampler(logits)) for _ in range(3)] == [0, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_another_does_not(tiny):
     prefill = tiny.prefill(prompt_of(tiny, 6), max_new_tokens=30)
     runs = [
@@ -267,6 +276,7 @@ def test_a_seed_repeats_and_another_does_not(tiny):
     assert runs[0] == runs[1] != runs[2]
 
 
+@pytest.mark.slow
 def test_a_seeded_batch_draws_as_each_prompt_alone(tiny):
     prompts = [prompt_of(tiny, n, seed=n) for n in (4, 9)]
     sampling = Sampling(temperature=1.5, seed=3)

@@ -198,6 +198,7 @@ def test_every_layer_of_the_cache_holds_the_same_rows(tiny):
     assert int(prefill.cache.next_position) == int(prompt.positions.max()) + 1
 
 
+@pytest.mark.slow
 def test_prompt_rows_do_not_see_the_glimpse_row(tiny_folder):
     """Bit for bit: other glimpse vectors, the same prompt."""
     engine = load(tiny_folder, dtype="float32", device="cpu")
@@ -207,6 +208,7 @@ def test_prompt_rows_do_not_see_the_glimpse_row(tiny_folder):
     assert torch.equal(engine.prefill(prompt, trace=True).hidden, before)
 
 
+@pytest.mark.slow
 def test_a_second_call_begins_anew(tiny):
     """The official code keeps state on the model and needs a reset before every call (3.15)."""
     prompt, other = prompt_of(tiny, 3, (1, 12, 18), 5), prompt_of(tiny, 8, (1, 6, 6), 2, seed=5)
@@ -277,6 +279,7 @@ def test_a_batch_equals_each_prompt_alone(tiny, method):
         assert [step[number] for step in steps] == list(tiny.decode(one, 16, ignore_eos=True))
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_each_prompt(tiny_folder, tmp_path):
     """Of all images of a prompt together, and whatever else is in the batch."""
     write_glimpse(tmp_path, tiny_folder, use_attention_logits=False)
@@ -297,6 +300,7 @@ def test_log_probabilities_are_those_of_each_prompt(tiny_folder, tmp_path):
     close(higher, last.importance)
 
 
+@pytest.mark.slow
 def test_gradients_flow_after_inference(tiny_folder):
     """The modules that infer also train; what inference has cached must not stand in the way."""
     engine = load(tiny_folder, dtype="float32", device="cpu", backend="torch")

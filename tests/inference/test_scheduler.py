@@ -88,12 +88,14 @@ def test_every_answer_is_that_of_the_question_alone(engine, options, limit):
             torch.testing.assert_close(answer.importance, one.importance, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_end_at_different_places(engine):
     """What makes rows change hands: the other tests would be empty if all ended together."""
     lengths = {len(alone(engine, layout, max_new_tokens=12).token_ids) for layout in LAYOUTS}
     assert len(lengths) > 3
 
 
+@pytest.mark.slow
 def test_rows_change_hands_in_a_cache_of_fixed_size(engine, monkeypatch):
     """No allocation but the one, never more rows than allowed, several sequences at a time."""
     made, together = [], []
@@ -124,6 +126,7 @@ def test_rows_change_hands_in_a_cache_of_fixed_size(engine, monkeypatch):
     assert [index for index, _ in answers] != list(range(24))
 
 
+@pytest.mark.slow
 def test_chunks_hold_no_more_than_the_budget(engine, monkeypatch):
     chunks, prefill_many = [], engine.prefill_many
 
@@ -145,6 +148,7 @@ def test_chunks_hold_no_more_than_the_budget(engine, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_prompt_larger_than_the_budget_runs_alone(engine):
     layouts = [(9,), (30, (1, 12, 18), 6), (7,)]
     items = [([], layout) for layout in layouts]
@@ -167,6 +171,7 @@ def test_nobody_overtakes_and_questions_are_opened_when_their_turn_comes(engine)
     assert opened[-1] < len(LAYOUTS) - 1
 
 
+@pytest.mark.slow
 def test_an_error_is_the_answer_of_its_question_alone(engine):
     errors = {1: UsageError("there is no picture"), 3: ZeroDivisionError("odd bytes")}
     items = [([], errors.get(i, layout)) for i, layout in enumerate(LAYOUTS)]
@@ -182,11 +187,13 @@ def test_an_error_is_the_answer_of_its_question_alone(engine):
             assert answers[i].token_ids == alone(engine, layout, max_new_tokens=6).token_ids
 
 
+@pytest.mark.slow
 def test_nothing_but_errors_and_nothing_at_all(engine):
     assert engine.ask_many([]) == []
     assert len(engine.ask_many([([], UsageError("no"))] * 3)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"max_batch_tokens": 0}, {"max_new_tokens": 0}, {"method": "magic"}, {"max_ratio": 2}],
@@ -197,6 +204,7 @@ def test_options_that_make_no_sense_are_no_answers(engine, options):
         engine.ask_many([([], (5,))], **options)
 
 
+@pytest.mark.slow
 def test_gaps_are_found_first_fit(engine):
     config = engine.config.text_config
     source = KVCache(config, range(2), [4, 2, 3, 9], torch.arange(4), torch.zeros(0), TORCH)
@@ -302,6 +310,7 @@ def test_a_file_of_questions_is_answered_as_each_alone(batch, nano):
         assert line["settings"] == {"max_new_tokens": 12}
 
 
+@pytest.mark.slow
 def test_paths_count_from_the_folder_of_the_file(batch):
     batch.path.parent.mkdir()
     with Image.open(SCENE) as image:
@@ -312,6 +321,7 @@ def test_paths_count_from_the_folder_of_the_file(batch):
     assert lines[0]["images"] == ["here.png"]
 
 
+@pytest.mark.slow
 def test_failures_have_lines_and_are_asked_again(batch):
     picture = batch.path.parent / "late.png"
     long = {"image": None, "question": "word " * 5000}
@@ -338,6 +348,7 @@ def test_failures_have_lines_and_are_asked_again(batch):
     assert {index: found[index] for index in whole} == whole
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on(batch, monkeypatch, nano):
     """After Ctrl-C, and after a kill that left half a line; what is done is not asked again."""
     batch.write(*ROWS)
@@ -371,6 +382,7 @@ def test_a_second_start_goes_on(batch, monkeypatch, nano):
     assert batch.output.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
@@ -420,6 +432,7 @@ def test_a_start_that_does_not_fit_leaves_the_results_alone(batch, options, word
     assert batch.output.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_other_questions_are_not_touched(batch):
     batch.write(*ROWS)
     batch.run()
@@ -440,6 +453,7 @@ def test_a_missing_file_and_output_without_one(batch, capsys):
     assert "--output needs a --batch-file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(batch, monkeypatch):
     opened = type(batch.output).open
 

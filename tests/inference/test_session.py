@@ -92,6 +92,7 @@ def test_every_method_answers_as_without_a_session(tiny, name):
         assert int(fresh.kept.sum()) > 0 or name in ("nothing", "vtw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "pdrop", "vscan", "divprune"])
 def test_rows_may_stay_in_the_layers_that_have_run(tiny, name):
     told = options(name) | {"kv_drop": "later"}
@@ -134,6 +135,7 @@ def test_a_session_without_pictures(tiny):
         assert same(session.prefill(tail(number)), fresh, tiny)
 
 
+@pytest.mark.slow
 def test_the_kernels_read_behind_a_prefix(tiny, monkeypatch):
     """Rows written to the cache's room, and queries fewer than keys, in a layer's launches."""
     pytest.importorskip("triton")
@@ -180,6 +182,7 @@ def test_pictures_are_read_once(tiny, monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense", "divprune"])
 def test_questions_leave_the_prefix_as_it_is(tiny, name):
     session = tiny.session(pictures(tiny), **options(name))
@@ -193,6 +196,7 @@ def test_questions_leave_the_prefix_as_it_is(tiny, name):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense"])
 def test_a_question_longer_than_the_room_behind_the_prefix(tiny, name):
     session = tiny.session(pictures(tiny), name)
@@ -233,6 +237,7 @@ OF_THE_QUESTION = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", OF_THE_QUESTION.values(), ids=OF_THE_QUESTION)
 def test_a_choice_by_the_question_before_the_decoder_is_refused(tiny, read):
     """Whatever it reads and whoever wrote the method: it must say so, and then has no session."""
@@ -314,6 +319,7 @@ def test_adding_reads_the_new_rows_alone(tiny, monkeypatch):
     assert rows == [len(more)] * tiny.glimpse.config.layers
 
 
+@pytest.mark.slow
 def test_sessions_and_questions_do_not_mix(tiny):
     """Answers of two sessions and of none, token by token in turn."""
     starts = [pictures(tiny, seed=seed) for seed in (1, 2)]
@@ -344,6 +350,7 @@ def failing(engine, monkeypatch, after):
         monkeypatch.setattr(block, "ops", replace(block.ops, attention=attention))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense"])
 @pytest.mark.parametrize("after", [0, 2])
 def test_running_out_of_memory_spoils_nothing(tiny, name, after):
@@ -477,6 +484,7 @@ def test_a_session_is_refused_by_other_weights(saved, tmp_path):
         load(folder, dtype="float32").load_session(saved)
 
 
+@pytest.mark.slow
 def test_the_fingerprint_does_not_depend_on_the_backend(tiny, tiny_folder):
     assert fingerprint(load(tiny_folder, dtype="float32", backend="torch").model) == fingerprint(
         tiny.model
@@ -571,6 +579,7 @@ def test_a_question_about_pictures_equals_a_fresh_one(nano):
     assert "".join(session.stream(QUESTIONS[0])) == session.ask(QUESTIONS[0]).text
 
 
+@pytest.mark.slow
 def test_text_before_a_question_is_encoded_with_it_where_there_is_no_picture(nano):
     session = nano.session([])
     for question in ("\n\nWhat is red?", "What is red?"):
@@ -624,6 +633,7 @@ def test_methods_that_rate_by_the_question_rate_by_the_last_one(nano):
     assert "That" not in text
 
 
+@pytest.mark.slow
 def test_a_stopped_answer_enters_the_conversation_as_far_as_it_went(nano):
     session = nano.session(SCENES[0])
     stream = session.stream(QUESTIONS[0], follow_up=True)
@@ -635,6 +645,7 @@ def test_a_stopped_answer_enters_the_conversation_as_far_as_it_went(nano):
     assert answer.token_ids == nano.ask(SCENES[0], QUESTIONS[1], prompt_options=layout).token_ids
 
 
+@pytest.mark.slow
 def test_a_question_that_fails_is_no_turn(nano):
     session = nano.session(SCENES[1])
     session.chat(QUESTIONS[0])
@@ -713,6 +724,7 @@ def test_a_conversation_and_its_commands(nano, tmp_path, monkeypatch, capsys):
     assert all(command in err for command in commands)
 
 
+@pytest.mark.slow
 def test_a_chat_is_saved(nano, tmp_path, monkeypatch, capsys):
     """With what has been said, over what stood there; it goes on where it was."""
     path = tmp_path / "my chat.safetensors"
@@ -776,6 +788,7 @@ def test_a_saved_session_is_asked_something(capsys):
     assert "there is no session none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, capsys):
     lines = ["/overlay x.png", "/image nope.png", "/image", "/nonsense", "/overlay"]
     lines += ["/save", f"/save {tmp_path}", f"/save {tmp_path}/none/chat"]
@@ -802,6 +815,7 @@ def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, cap
         assert word in line
 
 
+@pytest.mark.slow
 def test_no_memory_for_a_question_is_a_line(monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 GB")
@@ -812,6 +826,7 @@ def test_no_memory_for_a_question_is_a_line(monkeypatch, capsys):
     assert (code, out, err.count("error: not enough memory")) == (1, "", 2)
 
 
+@pytest.mark.slow
 def test_json_is_an_object_a_line(nano, monkeypatch, capsys):
     arguments = ("--image", SCENES[0], "--json", "--max-ratio", 0.05)
     _, out, _ = talk("\n".join(QUESTIONS[:2]), *arguments, monkeypatch=monkeypatch, capsys=capsys)
@@ -822,6 +837,7 @@ def test_json_is_an_object_a_line(nano, monkeypatch, capsys):
     assert first["answer"] == nano.ask(SCENES[0], QUESTIONS[0], max_ratio=0.05).text
 
 
+@pytest.mark.slow
 def test_a_first_question_and_misuse(nano, monkeypatch, capsys):
     patched = {"monkeypatch": monkeypatch, "capsys": capsys}
     code, out, _ = talk("", QUESTIONS[0], "--image", SCENES[0], **patched)
@@ -834,6 +850,7 @@ def test_a_first_question_and_misuse(nano, monkeypatch, capsys):
     assert "looks at the question" in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_a_pipe_stops_all(monkeypatch, capsys):
     """Ctrl-C ends a pipe of questions, not only the answer that is running."""
 

@@ -85,6 +85,7 @@ def prompts_of(engine):
     return [*prompts, Prompt.from_tokens(chat_ids(5), config=config)]
 
 
+@pytest.mark.slow
 def test_raw_pixels_are_seen_as_normalised_ones(engines):
     exact, raw = engines
     expected = exact.prefill_many(prompts_of(exact), "glimpse")

@@ -174,6 +174,7 @@ def test_frame_areas_are_those_of_qwen_vl_utils():
         Video(pictures(2)).preprocess(60000, 50176, pixels)
 
 
+@pytest.mark.slow
 def test_a_long_clip_has_small_frames(monkeypatch):
     frames = pictures(8, (560, 560))
     assert Video(frames).preprocess(None, None, PixelConfig())[1] == (4, 40, 40)
@@ -274,6 +275,7 @@ def hf_tiny(tiny_folder):
     return reference.hf_model(tiny_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.25, 0.5, 2.0])
 @pytest.mark.parametrize("parts", ORDERS.values(), ids=ORDERS)
 def test_positions_and_logits_are_those_of_transformers(tiny, hf_tiny, parts, seconds):
@@ -527,6 +529,7 @@ def test_a_batch_with_videos_is_each_prompt_alone(tiny, name):
         assert list(answer) == list(tiny.decode(one, 6, ignore_eos=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_videos_may_be_left_whole_by_every_method(tiny, name):
     prompt = prompt_of(tiny, (2, STILL, 1, CLIP, 1, STILL, 3))
@@ -577,6 +580,7 @@ def call(*arguments, capsys):
     return code, out.out, out.err
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano):
     monkeypatch.setattr(cli_options, "load", lambda *_, **__: nano)
     image = tmp_path / "image.png"
@@ -632,6 +636,7 @@ def test_errors_come_before_any_work(clip, options, words, tmp_path, capsys, mon
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_file_of_questions_may_name_videos(clip, tmp_path, capsys, monkeypatch, nano):
     monkeypatch.setattr(cli_options, "load", lambda *_, **__: nano)
     pictures(1)[0].save(tmp_path / "image.png")

@@ -122,6 +122,7 @@ def matrices(decoder):
     return {n: m for n, m in decoder.named_modules() if isinstance(m, Linear)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_model_is_that_of_the_matrices_it_represents(folder, mode):
     ours = load(folder, dtype="float32", device="cpu", quantize=mode)

@@ -70,6 +70,7 @@ def loops(ptx):
     return [body for body in bodies if any("mma." in line for line in body)]
 
 
+@pytest.mark.slow
 def test_steps_of_a_product_do_not_wait_for_memory(hopper):
     """In loops that read a matrix or a cache, whatever is loaded is on its way for steps."""
     for _, case, kernel, *_, ptx, _ in hopper:

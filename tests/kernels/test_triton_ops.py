@@ -95,6 +95,7 @@ def test_no_rows():
     assert TRITON.rotate(x.view(0, 4, 12), Rope.of(randn(0, 6))).shape == (0, 4, 12)
 
 
+@pytest.mark.slow
 def test_a_norm_reads_its_row():
     weight, x, y = randn(100), *randn(2, 67, 100)
     alone = (0, 31, 32, 66)
@@ -132,6 +133,7 @@ def exact_skinny_linear(x, weight, bias, norm, gated, residual):
     return out if residual is None else out + residual.double()
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize(
     ("rows", "columns", "width", "biased", "normed", "gated", "added"),
@@ -155,6 +157,7 @@ def test_skinny_linear(dtype, rows, columns, width, biased, normed, gated, added
     check(ours, low, exact_skinny_linear(*args))
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -439,6 +442,7 @@ def test_attention_colsum(dtype, width):
     check(ours, low, scores.masked_fill(~seen, -torch.inf).softmax(-1).sum(1).T)
 
 
+@pytest.mark.slow
 def test_attention_colsum_stays_inside_segments():
     lengths = (65, 2)
     q, k = randn(67, 2, 16) / 10, randn(67, 1, 16)
@@ -492,6 +496,7 @@ def exact_logits(q, k, lengths):
 LENGTHS = [(67,), (33, 1, 70), (1, 1, 2, 90)]
 
 
+@pytest.mark.slow
 @dtypes
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 9), (28, 4, 128), (3, 3, 80)])

@@ -139,6 +139,7 @@ def test_random_is_drawn_by_the_seed(engine):
     assert int(counts.max()) <= 48
 
 
+@pytest.mark.slow
 def test_the_oracle_keeps_the_evidence(engine):
     prompt = prompt_of(engine, 3, GRIDS[0], 6)
     mask = torch.arange(54) % 7 == 2
@@ -351,6 +352,7 @@ def attentions(tiny_folder, engine, prompt, grid):
         ).attentions
 
 
+@pytest.mark.slow
 def test_a_pyramid_ranks_by_the_next_layer(tiny_folder, engine, monkeypatch):
     """The first stage's order is that of the attention of the layer behind it."""
     prompt = prompt_of(engine, 5, GRIDS[0], 9)
@@ -403,6 +405,7 @@ def test_the_watch_sees_blocks_as_the_encoder_runs_them(engine):
             first += count
 
 
+@pytest.mark.slow
 def test_the_watch_reads_what_the_block_attends_with(tiny_folder):
     """Whole matrices of the q and k that each block hands to attention."""
     calls = []
@@ -541,6 +544,7 @@ def test_degenerate_pictures(engine, name, grid):
     assert len(list(engine.decode(prefill, 3, ignore_eos=True))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_equal_tokens(engine, name):
     prompt = prompt_of(engine, 3, (1, 8, 8), 4)
@@ -683,6 +687,7 @@ def test_sparsevlm_without_a_question(engine, name):
     assert int(kept.sum()) == 13
 
 
+@pytest.mark.slow
 def test_sparsevlm_plus_by_its_definition(tiny_folder, engine, monkeypatch):
     """Whole matrices of transformers over cosines of distances; what stays is as it was."""
     prompt, method, seen = prompt_of(engine, 5, GRIDS[0], 9), METHODS["sparsevlm+"], []
@@ -716,6 +721,7 @@ def test_sparsevlm_plus_by_its_definition(tiny_folder, engine, monkeypatch):
     assert torch.equal(decision.values, context.hidden[rows])
 
 
+@pytest.mark.slow
 def test_attention_of_chosen_rows_is_causal_and_of_one_prompt(tiny_folder, engine):
     """Rows of the second prompt of a batch, against whole matrices of that prompt alone."""
     prompts = [prompt_of(engine, 4, seed=1), prompt_of(engine, 5, GRIDS[0], 9)]
@@ -862,6 +868,7 @@ def test_polymorphic_falls_by_equal_shares(engine):
 BEFORE = ["visionzip", "vispruner", "divprune", "cdpruner", "tome", "prumerge", "prumerge+"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BEFORE)
 def test_pruning_before_the_decoder_is_a_shorter_prompt(tiny_folder, engine, monkeypatch, name):
     """As transformers reads the embeddings that are left, at the positions that they had."""
@@ -924,6 +931,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_by_hand(engine, name):
     """What each layer of six processes, and what decoding finds in the caches."""

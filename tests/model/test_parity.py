@@ -93,6 +93,7 @@ def test_stages_and_tokens(pair, parts):
     assert ours == theirs[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_every_hidden_state_of_the_decoder(pair):
     engine, hf = pair
     prompt = prompt_of(engine, CASES["partial windows"])
@@ -109,6 +110,7 @@ def test_every_hidden_state_of_the_decoder(pair):
             close(hidden, states[layer + 1][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(4))
 def test_prefill_equals_decoding_token_by_token(pair, step):
     """The logits of a prompt are those of a shorter one, decoded over its last tokens."""

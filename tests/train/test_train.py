@@ -127,6 +127,7 @@ def test_a_branch_is_computed_as_if_it_were_alone(engine, gap):
         torch.testing.assert_close(decoder.logits(hidden[row][None])[0], alone)
 
 
+@pytest.mark.slow
 def test_labels_are_the_answer_its_end_and_a_line_break(engine):
     example = WorldExamples(("document",), 1, 2, 3).examples(0)[0]
     rows = collate([example], engine.processor, probes=True)
@@ -268,6 +269,7 @@ def test_ablations_train_what_their_loss_reaches(engine, tmp_path, losses, train
     assert {k.split(".")[0] for k, v in old.items() if not torch.equal(new[k], v)} == trained
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences(engine):
     """The gradient of all losses with respect to the glimpse, through the frozen layers."""
     task = glimpse_task(engine)
@@ -287,6 +289,7 @@ def test_gradients_are_those_of_finite_differences(engine):
     assert (sides[0] - sides[1]) / (2 * step) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_memory_and_nothing_else(engine):
     gradients = []
     for checkpointing in (False, True):
@@ -355,6 +358,7 @@ def test_a_state_of_another_run_is_refused(folder, engine, tmp_path, capsys):
     assert "cannot be resumed from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_subprocesses_make_the_same_batches_in_order(folder):
     task = small_base(folder)
     for made, micro in zip(_batches(task, [3, 0, 2], workers=2), (3, 0, 2), strict=True):
@@ -449,6 +453,7 @@ def test_eight_samples_are_learned_by_heart(tmp_path):
     assert time.perf_counter() - start < 120
 
 
+@pytest.mark.slow
 def test_a_trained_model_is_an_ordinary_checkpoint(folder, tmp_path):
     """The engine and transformers load it and compute the same visual tokens as the trainer."""
     transformers = pytest.importorskip("transformers")
@@ -480,6 +485,7 @@ def test_a_trained_model_is_an_ordinary_checkpoint(folder, tmp_path):
     torch.testing.assert_close(answer.visual, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_chat_template_is_the_engines(folder):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -517,6 +523,7 @@ def test_phrases_have_no_names():
     assert "What is the value of 7?" in said or "How much is the 7?" in said
 
 
+@pytest.mark.slow
 def test_rows_for_another_tokenizer(folder):
     """A known token keeps its row; a new word gets the mean of its letters."""
     now = load(folder, device="cpu").processor.tokenizer
@@ -664,6 +671,7 @@ def test_weights_of_kinds_of_pictures(folder):
         assert drawn[side] == pytest.approx(30 * weight, abs=25)
 
 
+@pytest.mark.slow
 def test_half_of_the_batches_have_a_gap_before_questions(folder):
     stage = Stage(1, 40, 1, (1, 1), (Draw("scene", ((112, 112),), (1, 1)),))
     task = BaseTask(folder, [stage], 60, 0, torch.device("cpu"), torch.float32)
@@ -737,6 +745,7 @@ def test_kinds_of_weight_0_are_not_drawn():
     assert kinds == {"number", "color", "shape", "exists", "count"}
 
 
+@pytest.mark.slow
 def test_some_answers_are_a_word_between_stars(folder):
     """A quarter of the answers to free-form prompts, and none of those to brief prompts."""
     stage = Stage(1, 1, 8, (1, 1), (Draw("scene", ((168, 168),), (2, 3)),))
@@ -803,6 +812,7 @@ def test_short_answers_are_to_the_same_questions():
         assert a.qas != b.qas
 
 
+@pytest.mark.slow
 def test_brief_prompts_are_the_same_questions():
     free, some, brief = (WorldExamples(("scene",), 1, 3, 0, brief=share) for share in (0, 0.5, 1))
     forms = []

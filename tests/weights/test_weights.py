@@ -76,6 +76,7 @@ def test_shards_with_an_index_are_the_same_model(folder, tiny):
         assert torch.equal(ours[name], parameter), name
 
 
+@pytest.mark.slow
 def test_mixed_dtypes_are_cast_one_by_one(folder, tiny):
     kinds = [torch.float32, torch.bfloat16, torch.float16]
     save(folder, {n: t.to(kinds[i % 3]) for i, (n, t) in enumerate(tensors_of(folder).items())})
@@ -84,6 +85,7 @@ def test_mixed_dtypes_are_cast_one_by_one(folder, tiny):
     torch.testing.assert_close(first_logits(engine), first_logits(tiny), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_runs_near_fp32(tiny_folder, tiny, dtype):
     engine = load(tiny_folder, dtype=dtype, device="cpu")
@@ -92,6 +94,7 @@ def test_low_precision_runs_near_fp32(tiny_folder, tiny, dtype):
     assert (ours - exact).norm() / exact.norm() < 0.1
 
 
+@pytest.mark.slow
 def test_tied_checkpoints_may_carry_their_head(tmp_path):
     write_checkpoint(tmp_path / "a", config_dict(tie_word_embeddings=True))
     engine = load(tmp_path / "a", dtype="float32", device="cpu")
@@ -153,6 +156,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", BROKEN, ids=lambda f: f.__name__)
 def test_broken_checkpoints_are_named(folder, damage):
     damage(folder, tensors_of(folder))
@@ -162,6 +166,7 @@ def test_broken_checkpoints_are_named(folder, damage):
     assert str(folder) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_both_glimpse_layouts_are_the_same_weights(folder, tiny):
     (folder / "glimpse" / "glimpse.safetensors").unlink()
     published = load(folder, dtype="float32", device="cpu")
@@ -194,6 +199,7 @@ def test_the_exporter_writes_both_layouts(folder, tmp_path, capsys):
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_heads_of_deep_supervision_are_accounted_for(tiny_folder, tmp_path):
     write_glimpse(tmp_path, tiny_folder, deep_supervision=True)
     _, tensors = read_tensors(tmp_path)
@@ -260,6 +266,7 @@ GLIMPSE_BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", GLIMPSE_BROKEN, ids=lambda f: f.__name__)
 def test_broken_glimpse_weights_are_named(folder, damage, capsys):
     (folder / "glimpse" / "glimpse.safetensors").unlink()
@@ -299,6 +306,7 @@ def write_adapter(folder, rank=3, width=48, down=72, **config):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 6 / 3), (True, 6 / 3**0.5)])
 def test_an_adapter_is_merged_where_it_belongs(tiny_folder, tiny, tmp_path, rslora, scale):
     """Names of 4.x and of 5.x, a row range of a fused matrix and a matrix of its own."""
@@ -326,6 +334,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "words"), ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_that_cannot_be_merged(tiny_folder, tmp_path, change, words):
     write_adapter(tmp_path / "lora", **change)

@@ -127,6 +127,7 @@ def test_boxes_are_inside_and_not_empty(pictures):
             assert 0 <= y0 < y1 <= 1
 
 
+@pytest.mark.slow
 def test_things_are_as_documented(pictures):
     assert set(KINDS) == {thing.kind for picture in pictures for thing in picture.things}
     for picture in pictures:
@@ -438,6 +439,7 @@ def folder(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_command_writes_pictures_that_render_again(folder):
     drawn = [render(9, index, canvas=(224, 280)) for index in range(6)]
     names = {f"{picture.domain}_{picture.index:06d}.png" for picture in drawn}
@@ -478,6 +480,7 @@ def test_viscot_file_has_every_question_with_evidence(folder):
         assert turns[2:] == ["<image>", record["answer"]]
 
 
+@pytest.mark.slow
 def test_command_limits_questions_and_shows_progress(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "EVERY", 0.0)
     options = ["--count", "2", "--questions", "2", "--split", "transfer", "--domain", "chart"]
