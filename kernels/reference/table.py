@@ -1,6 +1,7 @@
 """The references as `Ops`: plain torch, and torch with matrices packed for a CPU."""
 
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,20 +21,9 @@ def _keep_dense(weight: Tensor) -> Tensor:
     return weight
 
 
-TORCH = Ops(
-    attention=attention,
-    skinny_linear=skinny_linear,
-    decode_attention=decode_attention,
-    row_logits=row_logits,
-    gather=gather,
-    rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm,
-    rotate=rotate,
-    rope_append=rope_append,
-    attention_colsum=attention_colsum,
-    swiglu=swiglu,
-    dequantize=dequantize,
-    linear=linear,
-    pack=_keep_dense,
+REFERENCES: tuple[Any, ...] = (
+    *(attention, skinny_linear, decode_attention, row_logits, gather, rms_norm, add_rms_norm),
+    *(rotate, rope_append, attention_colsum, swiglu, linear, dequantize),
 )
+TORCH = Ops(pack=_keep_dense, **{reference.__name__: reference for reference in REFERENCES})
 CPU = replace(TORCH, pack=pack)

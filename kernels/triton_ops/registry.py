@@ -65,12 +65,12 @@ def long_attention(
     return chosen(q, k, v, segments, causal=causal, queries=queries)
 
 
-LAUNCHERS: tuple[Callable[..., Any], ...] = (
+LAUNCHERS: tuple[Any, ...] = (
     *(attention, decode_attention, gather, rms_norm, add_rms_norm, rotate, rope_append),
     *(row_logits, attention_colsum, swiglu, dequantize, skinny_linear),
 )
-by_name = {launcher.__name__: on_device_of(launcher) for launcher in LAUNCHERS}
-TRITON = replace(TORCH, graph_safe=True, **by_name)
+on_devices = {launcher.__name__: on_device_of(launcher) for launcher in LAUNCHERS}
+TRITON = replace(TORCH, graph_safe=True, **on_devices)
 # What "auto" is on a GPU.
 GPU = replace(TRITON, attention=long_attention)
 

@@ -11,15 +11,8 @@ from operator import itemgetter
 from PIL import Image, ImageDraw
 
 import nanoglimpse.world.canvas as canvas
-from nanoglimpse.world.types import (
-    COLOURS,
-    LEFT_OUT_PAIRS,
-    SHAPES,
-    DrawSpec,
-    Question,
-    Thing,
-    sample_up_to,
-)
+import nanoglimpse.world.types as types
+from nanoglimpse.world.types import COLOURS, SHAPES, DrawSpec, Question, Thing, sample_up_to
 
 Pair = tuple[str, str]
 
@@ -86,7 +79,7 @@ def draw(rng: random.Random, spec: DrawSpec) -> tuple[Image.Image, tuple[Thing, 
 
 def _allowed(spec: DrawSpec) -> list[Pair]:
     pairs = product(COLOURS, SHAPES)
-    return [pair for pair in pairs if spec.transfer or pair not in LEFT_OUT_PAIRS]
+    return [pair for pair in pairs if spec.transfer or pair not in types.LEFT_OUT_PAIRS]
 
 
 def _pairs(rng: random.Random, spec: DrawSpec) -> list[Pair]:
@@ -96,7 +89,7 @@ def _pairs(rng: random.Random, spec: DrawSpec) -> list[Pair]:
     """
     colours = rng.sample(COLOURS, rng.randint(2, len(COLOURS)))
     shapes = rng.sample(SHAPES, rng.randint(2, len(SHAPES)))
-    first = rng.choice(LEFT_OUT_PAIRS) if spec.transfer else None
+    first = rng.choice(types.LEFT_OUT_PAIRS) if spec.transfer else None
     pairs = _allowed(spec)
     rng.shuffle(pairs)
     return sorted(

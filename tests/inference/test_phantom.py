@@ -46,7 +46,7 @@ def ledger(monkeypatch, tiny):
     return phantom.install(monkeypatch)
 
 
-@pytest.fixture(params=["torch", "fused", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.fixture(params=["torch", "fused"])
 def engine(request, ledger, tiny_folder):
     return phantom.engine_on(DEVICE, tiny_folder, dtype="float32", backend=request.param)
 
@@ -62,6 +62,21 @@ def test_answers_are_those_of_the_cpu(engine, tiny, drop):
         expected = answers(tiny, options, *prompts(tiny)[batch])
         with phantom.Mode():
             assert answers(engine, options, *prompts(engine)[batch]) == expected
+
+
+@pytest.mark.slow
+def test_kernels_wait_as_little(ledger, tiny_folder, tiny):
+    """The kernels themselves, in the interpreter: launchers copy and wait for nothing either."""
+    options = {"method": "glimpse", "max_ratio": 0.5}
+    engine = phantom.engine_on(DEVICE, tiny_folder, dtype="float32", backend="auto")
+    expected = answers(tiny, options, prompts(tiny)[0], count=2)
+    with phantom.Mode():
+        asked = prompts(engine)[0]
+        ledger.clear()
+        prefill = engine.prefill_many([asked], max_new_tokens=2, **options)
+        steps = list(engine.decode_many(prefill, 2, ignore_eos=True))
+        assert len(ledger.waits) == 3, ledger.waits  # the survivors and two tokens
+        assert (steps, prefill.kept.tolist()) == expected
 
 
 @pytest.mark.slow
