@@ -888,7 +888,10 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
     child, terminal = pty.fork()
     if not child:
         os.environ["TERM"] = "dumb"
-        os.execv(sys.executable, [sys.executable, str(slow)])
+        try:
+            os.execv(sys.executable, [sys.executable, str(slow)])
+        finally:  # a child that stayed would run the rest of the tests
+            os._exit(127)
     read_until(terminal, b"> ")
     os.write(terminal, QUESTIONS[0].encode() + b"\n")
     read_until(terminal, b"\nThe")
