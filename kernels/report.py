@@ -1,4 +1,4 @@
-"""Entry of the command `python -m nanoglimpse.kernels.report`; see `triton_ops.resources`."""
+"""Entry of the command `python -m nanoglimpse.kernels.report`; see `doctor.resources`."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from nanoglimpse.cli.console import Parser, run
 
 def report(_: argparse.Namespace) -> int:
     """Prints the table."""
-    from nanoglimpse.kernels.triton_ops.resources import print_table
+    from nanoglimpse.doctor.resources import print_table
 
     print_table()
     return 0

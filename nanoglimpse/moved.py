@@ -7,8 +7,8 @@ from importlib.machinery import ModuleSpec
 
 # Modules that kept their names, by their new folder.
 KEPT = {
-    "cli": "chat",
-    "inference": "overlay prefix sampling session session_file stream",
+    "cli": "chat overlay",
+    "inference": "prefix sampling session session_file stream",
     "inputs": "processor video",
     "model": "decoder glimpse layers rope vision",
 }

@@ -13,10 +13,10 @@ from nanoglimpse.cli import console, options
 from nanoglimpse.cli.batch_file import answer_file
 from nanoglimpse.cli.chat import Chat, summary
 from nanoglimpse.cli.console import Parser, adder, note
+from nanoglimpse.cli.overlay import save_overlay
 from nanoglimpse.cli.report import as_dict, report
 from nanoglimpse.errors import UsageError
 from nanoglimpse.files import check_writable
-from nanoglimpse.inference.overlay import save_overlay
 from nanoglimpse.inference.stream import Stream
 from nanoglimpse.inputs.images import open_picture
 from nanoglimpse.inputs.processor import SYSTEM

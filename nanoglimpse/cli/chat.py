@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglimpse.cli.console import exit_code, is_out_of_memory, say
+from nanoglimpse.cli.overlay import save_overlay
 from nanoglimpse.cli.report import as_dict, report
 from nanoglimpse.config import Config
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.outputs import Answer
-from nanoglimpse.inference.overlay import save_overlay
 from nanoglimpse.inference.session import Session
 from nanoglimpse.inputs.video import Video
 

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from nanoglimpse import NanoglimpseError, Prompt, UsageError, Video
 from nanoglimpse.cli import ask as generate
 from nanoglimpse.cli import options as cli_options
+from nanoglimpse.cli.overlay import draw_overlay, save_overlay
 from nanoglimpse.config import PixelConfig
-from nanoglimpse.inference.overlay import draw_overlay, save_overlay
 from nanoglimpse.inputs.images import preprocess_image
 from nanoglimpse.inputs.prompt import PackedBatch
 from nanoglimpse.inputs.video import _limits

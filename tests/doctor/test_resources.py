@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 REPORT = """
 import json, sys
-from nanoglimpse.kernels.triton_ops.resources import TARGETS, compile_all
+from nanoglimpse.doctor.resources import TARGETS, compile_all
 targets, only = json.loads(sys.argv[1])
 for row in compile_all(targets, only):
     print(json.dumps([*row, TARGETS[row.target][1]]))
@@ -110,7 +110,7 @@ def test_the_tightest_kernels_compile_for_each_kind_of_gpu():
 
 VARIANTS = """
 import json
-from nanoglimpse.kernels.triton_ops.resources import decode_variants
+from nanoglimpse.doctor.resources import decode_variants
 batches, lengths = range(1, 17), [1, 63, 64, 65, 1000, 4096, 10007]
 found = decode_variants("3B", batches, lengths)
 print(json.dumps({name: len(variants) for name, variants in found.items()}))
