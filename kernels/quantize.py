@@ -11,7 +11,7 @@ expands it in registers, and a product of many rows goes through a dense copy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -152,6 +152,10 @@ class QuantizedMatmul:
     def bits(self) -> int:
         """Bits of a level."""
         return 8 if self.mode == "int8" else 4
+
+    def with_ops(self, ops: Ops) -> "QuantizedMatmul":
+        """The same product with the operation of another table, where it uses one."""
+        return self if self.dequantize is None else replace(self, dequantize=ops.dequantize)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[T, in] -> [T, out]"""

@@ -4,7 +4,7 @@ The pruning step is control flow here and nowhere else: `Engine.prefill_many` is
 method proceeds.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from nanoglimpse.config import Config
 from nanoglimpse.inference.cuda_graph import DecodeGraphPool
 from nanoglimpse.inference.decode import decode_many
 from nanoglimpse.inference.outputs import Answer, Clock, Prefill
@@ -24,18 +23,18 @@ from nanoglimpse.inference.scheduler import AnswerOrError, BatchOptions, Query, 
 from nanoglimpse.inference.session import Session, begin
 from nanoglimpse.inference.session_file import load_session
 from nanoglimpse.inference.stream import AskOptions, PrefillOptions, Stream, split
+from nanoglimpse.inference.warm_up import check_ops
 from nanoglimpse.inputs.images import joined
 from nanoglimpse.inputs.processor import SYSTEM, Processor
 from nanoglimpse.inputs.prompt import PackedBatch, Prompt
 from nanoglimpse.inputs.video import Visual
+from nanoglimpse.kernels.checked import OpCheck
 from nanoglimpse.methods.options import PruningLike, PruningOptions, ResolvedPruning, resolve
-from nanoglimpse.model.decoder import Decoder
-from nanoglimpse.model.glimpse import Glimpse
-from nanoglimpse.model.model import Model
-from nanoglimpse.model.vision import VisionEncoder, VisionOutput
+from nanoglimpse.model.model import Model, ModelHolder
+from nanoglimpse.model.vision import VisionOutput
 
 
-class Engine:
+class Engine(ModelHolder):
     """A loaded model with its processor. It keeps no state between calls.
 
     Attributes:
@@ -45,39 +44,36 @@ class Engine:
     """
 
     def __init__(self, model: Model, processor: Processor):
-        self.model, self.processor = model, processor
+        self.processor = processor
+        self._take(model)
+
+    def _take(self, model: Model) -> None:
         captured = model.ops.graph_safe and model.device.type == "cuda"
-        self.graphs = DecodeGraphPool(model) if captured else None
+        self.model, self.graphs = model, DecodeGraphPool(model) if captured else None
 
-    @property
-    def config(self) -> Config:
-        """Of the checkpoint."""
-        return self.model.config
+    def warm_up(
+        self, pruning: PruningLike = None, batches: Collection[int] = (1,), rows: int = 1024
+    ) -> list[OpCheck]:
+        """Compiles, checks and captures on a GPU what answers would wait for. CPUs need none of it.
 
-    @property
-    def vision(self) -> VisionEncoder:
-        """The vision encoder."""
-        return self.model.vision
+        Args:
+            pruning: what the answers will use, as `prefill_many`.
+            batches: numbers of prompts that will be answered together.
+            rows: what the longest of them needs in the cache, with its answer.
 
-    @property
-    def decoder(self) -> Decoder:
-        """The decoder."""
-        return self.model.decoder
+        Returns:
+            Each kernel beside torch's result; those at fault are no longer used.
+        """
 
-    @property
-    def glimpse(self) -> Glimpse | None:
-        """GlimpsePrune's part, or None."""
-        return self.model.glimpse
+        def prefill(model: Model) -> Callable[..., Prefill]:
+            return Engine(model, self.processor).prefill_many
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-        return self.model.dtype
+        chosen = resolve(self.model, pruning, {})
+        model, checks = check_ops(self.model, self.processor, prefill, chosen, batches)
+        self._take(model)
+        if self.graphs is not None:
+            self.graphs.prepare(batches, rows)
+        return checks
 
     def prompt(
         self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options: Any
@@ -239,16 +235,9 @@ class Engine:
         prompt, prefill, decode, fields = split(options)
         # The pool has the rows for answers, so a prefill needs room for one token only.
         prefill |= {"pruning": resolve(self.model, pruning, fields), "max_new_tokens": 1}
-        scheduler = Scheduler(
-            self.model,
-            self.processor,
-            partial(self.prompt, **prompt),
-            partial(self.prefill_many, **prefill),
-            queries,
-            max_batch_tokens=max_batch_tokens,
-            **decode,
-        )
-        return iter(scheduler)
+        steps = partial(self.prompt, **prompt), partial(self.prefill_many, **prefill), self.graphs
+        parts = (self.model, self.processor, *steps, queries)
+        return iter(Scheduler(*parts, max_batch_tokens=max_batch_tokens, **decode))
 
     def ask_many(
         self, queries: Iterable[Query], pruning: PruningLike = None, **options: Unpack[BatchOptions]

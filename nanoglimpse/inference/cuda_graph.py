@@ -5,7 +5,7 @@ cannot send anything to the host, so that it counts on the device, in its own bu
 cache of a prefill is copied. The same step also runs without capture, on any device.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,8 +31,8 @@ class DecodeGraph:
 
     Args:
         model: the model.
-        batch: number of sequences.
-        capacity: cache rows of each sequence.
+        cache: the memory that it decodes in.
+        batch: the largest number of sequences, B.
         capture: records the step.
 
     Attributes:
@@ -40,14 +40,12 @@ class DecodeGraph:
         logits: [B, vocab], output of the last step; the next step overwrites it.
     """
 
-    def __init__(self, model: Model, batch: int, capacity: int, capture: Capture):
+    def __init__(self, model: Model, cache: KVCache, batch: int, capture: Capture):
         weight = model.decoder.embed_tokens.weight
-        self.decoder, self.batch, self.capacity = model.decoder, batch, capacity
+        self.decoder, self.batch, self.capacity = model.decoder, batch, min(cache.capacity)
         self.token_ids, self.position = weight.new_zeros(2, batch, dtype=torch.int64)
         self.logits = weight.new_zeros(batch, model.text.vocab_size)
-        room, layers = [capacity] * batch, range(model.depth)
-        cache = KVCache(model.text, layers, room, self.position, weight.detach(), model.ops)
-        self.cache = DeviceKVCache(cache)
+        self.cache = DeviceKVCache(cache, batch)
         self.frequencies = frequencies(model.text, weight.device)
         self._run = capture(self.step, weight.device)
 
@@ -58,15 +56,15 @@ class DecodeGraph:
         self.position += 1
 
     def begin(self, cache: KVCache) -> None:
-        """Copies the cache of a prefill, to continue it."""
+        """Continues a cache; it is copied, unless it is the memory that this decodes in."""
         self.cache.load(cache)
-        self.position.copy_(cache.next_position)
+        self.position[: len(cache.lengths)].copy_(cache.next_position)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
-        """Logits [B, vocab] after one more token per sequence, int64 [B]."""
-        self.token_ids.copy_(token_ids)
+        """Logits [B, vocab] after one more token of each sequence in use, int64 [B]."""
+        self.token_ids[: len(token_ids)].copy_(token_ids)
         self._run()
-        return self.logits
+        return self.logits[: len(token_ids)]
 
 
 class DecodeGraphPool:
@@ -75,6 +73,21 @@ class DecodeGraphPool:
     def __init__(self, model: Model, capture: Capture | None = None):
         self.model, self.capture = model, capture or capture_cuda
         self.idle: list[DecodeGraph] = []
+        self.limit = IDLE
+
+    def record(self, batch: int, rows: int) -> DecodeGraph:
+        """A graph for `batch` sequences of up to `rows` rows, with a cache of its own."""
+        like, text = self.model.decoder.embed_tokens.weight.detach(), self.model.text
+        capacity = [-(-rows // CAPACITY) * CAPACITY] * batch
+        position = like.new_zeros(batch, dtype=torch.int64)
+        cache = KVCache(text, range(self.model.depth), capacity, position, like, self.model.ops)
+        return DecodeGraph(self.model, cache, batch, self.capture)
+
+    @torch.inference_mode()
+    def prepare(self, batches: Collection[int], rows: int) -> None:
+        """Captures what answers with so many rows, and so many of them at once, will replay."""
+        self.idle = [self.record(batch, rows) for batch in batches]
+        self.limit = max(IDLE, len(batches))
 
     @contextmanager
     def acquire(self, cache: KVCache, steps: int) -> Iterator[DecodeGraph]:
@@ -83,15 +96,14 @@ class DecodeGraphPool:
         fitting = [g for g in self.idle if g.batch == batch and g.capacity >= needed]
         graph = min(fitting, key=lambda g: g.capacity, default=None)
         if graph is None:
-            capacity = -(-needed // CAPACITY) * CAPACITY
-            graph = DecodeGraph(self.model, batch, capacity, self.capture)
+            graph = self.record(batch, needed)
         else:
             self.idle.remove(graph)
         graph.begin(cache)
         try:
             yield graph
         finally:
-            self.idle = [*self.idle, graph][-IDLE:]
+            self.idle = [*self.idle, graph][-self.limit :]
 
 
 def capture_cuda(step: Step, device: torch.device) -> Step:

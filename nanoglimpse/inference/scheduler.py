@@ -8,7 +8,7 @@ wait for rows have been prefilled and pruned; they are at most one chunk.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.inference.cuda_graph import DecodeGraph, DecodeGraphPool
 from nanoglimpse.inference.decode import decode_rope
 from nanoglimpse.inference.outputs import Answer, Prefill
 from nanoglimpse.inference.sampling import Sampler, Sampling
@@ -23,10 +24,14 @@ from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.inputs.prompt import Prompt
 from nanoglimpse.inputs.video import Visual
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
 from nanoglimpse.kvcache.pool import KVPool
 from nanoglimpse.model.model import Model
+
+# Steps of so many sequences before they are captured, which takes as long as many steps.
+EAGER_STEPS = 16
 
 Query = tuple[Visual | Sequence[Visual], str | Sequence[Visual]]
 AnswerOrError = Answer | NanoglimpseError
@@ -103,6 +108,7 @@ class Scheduler:
         model, processor: model and processor of the engine.
         prompt: builds a prompt from pictures and a question.
         prefill: runs prompts, with room for one token each.
+        graphs: captures decode steps; None where they run eagerly.
         queries, max_batch_tokens, max_new_tokens, ignore_eos, sampling: as `Engine.answers`.
     """
 
@@ -112,6 +118,7 @@ class Scheduler:
         processor: Processor,
         prompt: Callable[..., Prompt],
         prefill: Callable[[list[Prompt]], Prefill],
+        graphs: DecodeGraphPool | None,
         queries: Iterable[Query],
         *,
         max_batch_tokens: int,
@@ -124,7 +131,7 @@ class Scheduler:
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self.model, self.processor, self.queries = model, processor, enumerate(queries)
-        self.prompt, self.prefill = prompt, prefill
+        self.prompt, self.prefill, self.graphs = prompt, prefill, graphs
         self.limit, self.headroom = max_batch_tokens, max_new_tokens
         self.ignore_eos = ignore_eos
         self.sampling = sampling or Sampling()
@@ -132,6 +139,11 @@ class Scheduler:
         self.waiting: deque[Prefilled] = deque()
         self.running: list[Reply] = []
         self.pools: list[KVPool] = []
+        # Captured steps in the memory of the pool, by the largest number of sequences; the one that
+        # replays now, until sequences come or go; and how many steps each number has run.
+        self.captured: dict[int, DecodeGraph] = {}
+        self.replaying: DecodeGraph | None = None
+        self.steps: Counter[int] = Counter()
         self.sampler = self._sampler([])
         self.logits = torch.empty(0)
 
@@ -192,6 +204,7 @@ class Scheduler:
             admitted.append(prefilled)
         if not admitted:
             return
+        self.replaying = None
         prompts = [prefilled.prompt for prefilled in admitted]
         logits = torch.cat([prefilled.logits for prefilled in admitted])
         sampler = self._sampler(prompts)
@@ -211,7 +224,7 @@ class Scheduler:
             return True
         if self.running:
             return False
-        self.pools = []  # frees the memory of the old ones first
+        self.pools, self.captured, self.replaying = [], {}, None  # frees their memory first
         self.pools = [KVPool(max(self.limit, rows), cache) for cache in prefilled.caches]
         return True
 
@@ -224,13 +237,9 @@ class Scheduler:
         reasons = [self._reason(reply) for reply in running]
         stay = [i for i, reason in enumerate(reasons) if reason is None]
         if len(stay) < len(running):
-            self._leave(stay)
-            tokens = tokens[stay]
+            tokens = self._keep(stay, tokens)
         if stay:
-            cache = LayeredKVCache(self.pools)
-            rope = decode_rope(self.model, cache.next_position, 1)[0]
-            self.logits = self.model.decoder.step(tokens, rope, cache)
-            cache.next_position = cache.next_position + 1
+            self.logits = self._decode(tokens)
         ended = [pair for pair in zip(running, reasons, strict=True) if pair[1]]
         return [(reply.index, self._finished(reply, str(reason))) for reply, reason in ended]
 
@@ -250,12 +259,35 @@ class Scheduler:
             return "eos"
         return "length" if full else None
 
-    def _leave(self, stay: list[int]) -> None:
+    def _keep(self, stay: list[int], tokens: Tensor) -> Tensor:
+        """Lets all answers leave but those at the indices `stay`; returns the tokens of these."""
         self.running = [self.running[i] for i in stay]
-        self.logits = self.logits[stay]
+        self.replaying = None
         self.sampler.keep(stay)
         for pool in self.pools:
             pool.release(stay)
+        return tokens[upload(torch.tensor(stay, dtype=torch.int64), tokens.device)]
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Logits [B, vocab] after one more token, int64 [B], of each running answer."""
+        size = 1 << (len(tokens) - 1).bit_length()
+        self.steps[size] += 1
+        cache, graphs = LayeredKVCache(self.pools), self.graphs
+        if graphs is None or len(self.pools) > 1 or self.steps[size] <= EAGER_STEPS:
+            rope = decode_rope(self.model, cache.next_position, 1)[0]
+            logits = self.model.decoder.step(tokens, rope, cache)
+        else:
+            (pool,) = self.pools
+            if self.replaying is None:
+                if size not in self.captured:
+                    graph = DecodeGraph(self.model, pool, size, graphs.capture)
+                    self.captured[size] = graph
+                self.replaying = self.captured[size]
+                self.replaying.begin(pool)
+            logits = self.replaying(tokens)
+            pool.lengths = [length + 1 for length in pool.lengths]
+        cache.next_position = cache.next_position + 1
+        return logits
 
     def _parts(self, chunk: Sequence[Pending], prefill: Prefill) -> Iterator[Prefilled]:
         """The prompts of a chunk one by one."""

@@ -12,31 +12,53 @@ from nanoglimpse.kvcache.cache import KVCache, Reserved, Storage
 class DeviceKVCache(Storage):
     """The memory of a cache, with the verbs that a decode step uses; nothing waits for the host.
 
+    A sequence that is not in use writes to the last row of the memory, and stays at its length.
+
+    Args:
+        cache: the memory, at least two rows.
+        batch: number of sequences B; none is in use at first.
+
     Attributes:
-        cache: the memory.
         starts, lengths: int32 [B] on the device.
+        grows: int32 [B], 1 for sequences in use and 0 for others.
     """
 
     starts: Tensor
     lengths: Tensor
 
-    def __init__(self, cache: KVCache):
-        self.cache, self.layers, device = cache, cache.layers, cache.k.device
+    def __init__(self, cache: KVCache, batch: int):
+        self.cache, self.layers = cache, cache.layers
         self.k_rows, self.v_rows = cache.k_rows, cache.v_rows
         self.k_heads, self.v_heads = cache.k_heads, cache.v_heads
-        self.starts = upload(torch.tensor(cache.starts, dtype=torch.int32), device)
-        self.lengths = torch.zeros_like(self.starts)
+        # Each begins at a multiple of 16 bytes, or Triton would compile a variant for some B.
+        self.state = cache.k.new_empty(3, -(-batch // 4) * 4, dtype=torch.int32)
+        self.starts, self.lengths, self.grows = self.state[:, :batch]
+        self.count([], [])
+
+    def count(self, starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Takes sequences into use, and all others out of it."""
+        unused = self.state.shape[1] - len(starts)
+        spare = self.cache.k.shape[1] - 2
+        state = (
+            [*starts, *[spare] * unused],
+            [*lengths, *[1] * unused],
+            [*[1] * len(starts), *[0] * unused],
+        )
+        self.state.copy_(upload(torch.tensor(state, dtype=torch.int32), self.state.device))
 
     def reserve(self, counts: Sequence[int]) -> Reserved:
         """Takes the next row of each sequence into use, whatever `counts` says."""
         rows = (self.starts + self.lengths).long()
-        self.lengths += 1
+        self.lengths += self.grows
         return Reserved(self, rows, False)
 
     def load(self, source: KVCache) -> None:
-        """Copies the rows in use of another cache of as many sequences."""
+        """Continues the sequences of another cache, whose rows it copies, or its own."""
+        if source is self.cache:
+            self.count(source.starts, source.lengths)
+            return
         spans = zip(self.cache.starts, source.starts, source.lengths, strict=True)
         for own, start, length in spans:
             self.cache.k[:, own : own + length] = source.k[:, start : start + length]
             self.cache.v[:, own : own + length] = source.v[:, start : start + length]
-        self.lengths.copy_(source.length)
+        self.count(self.cache.starts, source.lengths)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache
 
 
@@ -11,11 +12,13 @@ class KVPool(KVCache):
     """A cache of fixed size in which every sequence owns one contiguous span of rows.
 
     Spans are given first fit. A sequence that finds no gap waits until neighbouring spans are free;
-    since sequences are admitted in order, the pool drains and every sequence is admitted.
+    since sequences are admitted in order, the pool drains and every sequence is admitted. A row
+    after all spans is for captured steps (`DeviceKVCache`).
     """
 
     def __init__(self, rows: int, like: KVCache):
-        super().__init__(like.config, like.layers, [rows], like.next_position[:0], like.k, like.ops)
+        room, position = [rows + 1], like.next_position[:0]
+        super().__init__(like.config, like.layers, room, position, like.k, like.ops)
         self.size, self.capacity, self.starts, self.lengths = rows, [], [], []
 
     def gap(self, rows: int) -> int | None:
@@ -50,4 +53,5 @@ class KVPool(KVCache):
         self.starts = [self.starts[i] for i in stay]
         self.lengths = [self.lengths[i] for i in stay]
         self.capacity = [self.capacity[i] for i in stay]
-        self.next_position = self.next_position[list(stay)]
+        numbers = upload(torch.tensor(stay, dtype=torch.int64), self.k.device)
+        self.next_position = self.next_position[numbers]

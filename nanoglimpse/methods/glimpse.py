@@ -35,6 +35,8 @@ class GlimpsePrune(PruningMethod):
         glimpse, visual_rows = context.model.glimpse_weights, context.batch.visual_rows
         selected = (context.layers[layer] for layer in glimpse.config.selected_layers)
         logits = torch.cat([x.logits(context.query_rows)[visual_rows] for x in selected], dim=-1)
-        batch = context.batch
-        importance = glimpse.predictor(logits, context.taps, batch.all_grids, batch.visual_counts)
+        batch, made, predictor = context.batch, context.vision.conditions, glimpse.predictor
+        if predictor not in made:
+            made[predictor] = predictor.condition(context.taps)
+        importance = predictor(logits, made[predictor], batch.all_grids, batch.visual_counts)
         return Decision(context.select(importance), importance, logits)

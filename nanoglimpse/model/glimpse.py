@@ -72,7 +72,11 @@ class Predictor(Module):
         self.head_dim = (size + condition) // heads
 
     def forward(
-        self, glimpse_logits: Tensor, taps: Tensor, grids: Sequence[Grid], counts: Sequence[int]
+        self,
+        glimpse_logits: Tensor,
+        conditions: Sequence[Tensor],
+        grids: Sequence[Grid],
+        counts: Sequence[int],
     ) -> Tensor:
         """Importance of visual tokens.
 
@@ -83,7 +87,7 @@ class Predictor(Module):
 
         Args:
             glimpse_logits: [N, HQ · layers], raw.
-            taps: [M, N, Cv], one for each block of the predictor.
+            conditions: from `condition`, for the same visual tokens.
             grids: (t, h, w) in patches of the images that the N visual tokens make up.
             counts: how many of them each prompt has.
 
@@ -96,9 +100,14 @@ class Predictor(Module):
             shares = torch.cat([prompt.log_softmax(0) for prompt in prompts])
             glimpse_logits = shares.to(glimpse_logits.dtype)
         x = self.attn_in_proj(glimpse_logits)
-        for project, block, tap in zip(self.cond_in_projs, self.layers, taps, strict=True):
-            x = block(x, project(tap), rope, segments)
+        for block, condition in zip(self.layers, conditions, strict=True):
+            x = block(x, condition, rope, segments)
         return self.attn_out_proj(x).squeeze(-1)
+
+    def condition(self, taps: Tensor) -> list[Tensor]:
+        """[M, N, Cv] -> [N, F] for each of the M blocks, which depends on no question."""
+        pairs = zip(self.cond_in_projs, taps, strict=True)
+        return [project(tap) for project, tap in pairs]
 
     def layout(self, grids: tuple[Grid, ...], device: torch.device) -> tuple[Rope, Segments]:
         """Tables over rows and columns of the merged grids, and the sequences, in raster order."""

@@ -1,7 +1,7 @@
 """A loaded model: the networks and what they were loaded with, without a processor or a method."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from nanoglimpse.config import Config, TextConfig
 from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.interface import Ops
+from nanoglimpse.kernels.quantize import QuantizedMatmul
 from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.glimpse import Glimpse
+from nanoglimpse.model.layers import Linear
 from nanoglimpse.model.rope import Grid
 from nanoglimpse.model.vision import BlockStats, VisionEncoder, VisionOutput
 
@@ -106,9 +108,55 @@ class Model:
                 f"{limit}; use fewer or smaller pictures (max_pixels), or fewer new tokens"
             )
 
+    def with_ops(self, ops: Ops) -> "Model":
+        """The same networks, which from now on use other operations."""
+        for _, part in self.modules():
+            for module in part.modules():
+                if "ops" in vars(module):
+                    vars(module)["ops"] = ops
+                if isinstance(module, Linear) and isinstance(module.matmul, QuantizedMatmul):
+                    module.matmul = module.matmul.with_ops(ops)
+        return replace(self, ops=ops)
+
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts that hold weights, by name."""
         yield "vision", self.vision
         yield "decoder", self.decoder
         if self.glimpse is not None:
             yield "glimpse", self.glimpse
+
+
+class ModelHolder:
+    """The parts of a model as attributes of what holds it."""
+
+    model: Model
+
+    @property
+    def config(self) -> Config:
+        """Of the checkpoint."""
+        return self.model.config
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The vision encoder."""
+        return self.model.vision
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder."""
+        return self.model.decoder
+
+    @property
+    def glimpse(self) -> Glimpse | None:
+        """GlimpsePrune's part, or None."""
+        return self.model.glimpse
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.model.dtype

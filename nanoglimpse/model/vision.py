@@ -7,8 +7,9 @@ raster order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -184,11 +185,13 @@ class VisionOutput:
         visual: [N, C], input of the decoder.
         taps: [M, N, Cv], features of M tapped blocks.
         block_stats: attention and keys of the blocks that a method ranks by.
+        conditions: what a predictor made of the taps; no question changes it.
     """
 
     visual: Tensor
     taps: Tensor
     block_stats: BlockStats
+    conditions: dict[Module, Sequence[Tensor]] = field(default_factory=dict)
 
     def joined(self, more: "VisionOutput") -> "VisionOutput":
         """The visual tokens of both, these first."""
@@ -202,9 +205,9 @@ class VisionOutput:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        stats = self.block_stats
+        stats, made = self.block_stats, self.conditions.values()
         tensors = (self.visual, self.taps, *stats.received.values(), *stats.keys.values())
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(tensor.nbytes for tensor in (*tensors, *chain.from_iterable(made)))
 
 
 class VisionEncoder(Module):

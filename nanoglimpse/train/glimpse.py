@@ -200,7 +200,8 @@ class GlimpseTask:
         grids = [grid for grid in rows.grids for _ in range(questions)]
         count, tokens = glimpse_logits.shape[:2]
         logits = glimpse_logits.flatten(0, 1).float()
-        return self.predictor(logits, each.float(), grids, [tokens] * count).view(count, tokens)
+        conditions = self.predictor.condition(each.float())
+        return self.predictor(logits, conditions, grids, [tokens] * count).view(count, tokens)
 
     def glimpse(self) -> Glimpse:
         """The current weights as a module of the engine."""

@@ -294,9 +294,9 @@ def test_log_probabilities_are_those_of_each_prompt(tiny_folder, tmp_path):
     close(together.importance, torch.cat([one.importance for one in alone]))
     last = alone[2]
     with torch.inference_mode():
-        higher = engine.glimpse.predictor(
-            last.glimpse_logits + 9, last.taps, prompts[2].grids, [len(last.kept)]
-        )
+        predictor = engine.glimpse.predictor
+        conditions = predictor.condition(last.taps)
+        higher = predictor(last.glimpse_logits + 9, conditions, prompts[2].grids, [len(last.kept)])
     close(higher, last.importance)
 
 
@@ -310,7 +310,8 @@ def test_gradients_flow_after_inference(tiny_folder):
     patches = prompt.patches.clone().requires_grad_()
     visual, taps = engine.vision(patches, [grid], (4, 2, 1))
     predictor = engine.glimpse.predictor.requires_grad_(True)
-    importance = predictor(prefill.glimpse_logits.clone(), taps, [grid], [len(prefill.kept)])
+    conditions = predictor.condition(taps)
+    importance = predictor(prefill.glimpse_logits.clone(), conditions, [grid], [len(prefill.kept)])
     torch.testing.assert_close(importance, prefill.importance.clone())
     (importance.sum() + visual.square().sum()).backward()
     assert float(patches.grad.abs().sum()) > 0

@@ -329,7 +329,12 @@ def test_the_predictor_sees_each_pair_of_frames_as_an_image(tiny):
     predictor = tiny.glimpse.predictor
     with torch.inference_mode():
         alone = [
-            predictor(prefill.glimpse_logits[own], prefill.taps[:, own], [(1, 8, 10)], [20])
+            predictor(
+                prefill.glimpse_logits[own],
+                predictor.condition(prefill.taps[:, own]),
+                [(1, 8, 10)],
+                [20],
+            )
             for own in (slice(0, 20), slice(20, 40), slice(40, 60))
         ]
     torch.testing.assert_close(prefill.importance, torch.cat(alone), rtol=0, atol=1e-5)
