@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("nanoglimpse.train.__main__", "train glimpse weights, or a small base model"),
     "world": ("nanoglimpse.world.__main__", "draw pictures with questions of the synthetic world"),
     "weights": ("nanoglimpse.weights.__main__", "convert glimpse weights"),
+    "doctor": ("nanoglimpse.doctor.__main__", "check the kernels beside torch on this machine"),
     "kernels": ("nanoglimpse.kernels.report", "compile the Triton kernels and list their use"),
 }
 

@@ -107,8 +107,13 @@ def given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str
     return {name: value for name, value in vars(args).items() if value != defaults[name]}
 
 
-def load_engine(args: argparse.Namespace, **changes: Any) -> Engine:
+def load_engine(args: argparse.Namespace, *, check: bool = True, **changes: Any) -> Engine:
     """Loads the engine that the options describe, and prints progress and its name on stderr.
+
+    Args:
+        args: the options.
+        check: warm it up where it is on a GPU, and name the operations that are at fault.
+        changes: other arguments of `load`.
 
     Raises:
         UsageError, NanoglimpseError: as `load`.
@@ -117,7 +122,11 @@ def load_engine(args: argparse.Namespace, **changes: Any) -> Engine:
     names = ("glimpse", "adapter", "device", "dtype", "backend", "quantize")
     options = {name: getattr(args, name) for name in names if name in args} | changes
     engine = load(args.model, **options, progress=Progress("weights", args.quiet, bytes=True))
-    note(args)(f"model       {describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
+    tell = note(args)
+    tell(f"model       {describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
+    for op in engine.warm_up() if check and engine.device.type == "cuda" else ():
+        if op.fault:
+            tell(f"kernels     {op.name}: {op.fault}; torch runs it (see nanoglimpse doctor)")
     return engine
 
 

@@ -7,6 +7,8 @@ from nanoglimpse.config import parse_config
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kvcache.cache import KVCache
+from nanoglimpse.kvcache.device import DeviceKVCache
+from nanoglimpse.kvcache.pool import KVPool
 from tests.helpers.tiny import config_dict
 
 TEXT = parse_config(config_dict(), "tiny").text_config
@@ -103,3 +105,20 @@ def test_bytes_count_the_rows_in_use():
     cache = cache_of([5, 5])
     fill(cache, [4, 1])
     assert cache.nbytes == 2 * 3 * 5 * 2 * 8 * 4
+
+
+def test_sequences_out_of_use_write_beside_a_full_pool():
+    """On every step of a captured batch: to the row after all spans, and always to that one."""
+    cache = cache_of([5])
+    fill(cache, [3])
+    pool = KVPool(5, cache)
+    pool.admit(cache, 0, 2)
+    device = DeviceKVCache(pool, 3)
+    device.load(pool)
+    for row in (3, 4):
+        assert device.reserve([1]).rows.tolist() == [row, 5, 5]
+    assert pool.k.shape[1] == 6
+    assert device.lengths.tolist() == [5, 1, 1]
+    pool.release([])
+    device.load(pool)
+    assert device.reserve([1]).rows.tolist() == [5, 5, 5]
