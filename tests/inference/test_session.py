@@ -182,6 +182,25 @@ def test_pictures_are_read_once(tiny, monkeypatch):
     assert len(seen) == 1
 
 
+def test_what_the_predictor_makes_of_a_picture_is_made_once(tiny):
+    """Until another picture comes; the bytes of the session have it."""
+    made, session = [], tiny.session(pictures(tiny))
+    linear = tiny.glimpse.predictor.cond_in_projs[0]
+    hook = linear.register_forward_hook(lambda *_: made.append(1))
+    try:
+        before = session.bytes
+        for number in (0, 1, 2):
+            session.prefill(tail(number))
+        assert len(made) == 1
+        held = sum(tensor.nbytes for tensor in session.vision.conditions[tiny.glimpse.predictor])
+        assert session.bytes == before + held > before
+        session.add(pictures(tiny, [(1, 6, 6)], head=1))
+        session.prefill(tail(0))
+        assert len(made) == 2
+    finally:
+        hook.remove()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["glimpse", "dense", "divprune"])
 def test_questions_leave_the_prefix_as_it_is(tiny, name):
