@@ -23,6 +23,7 @@ from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.inputs.prompt import Prompt
 from nanoglimpse.inputs.video import Visual
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
 from nanoglimpse.kvcache.pool import KVPool
@@ -224,8 +225,7 @@ class Scheduler:
         reasons = [self._reason(reply) for reply in running]
         stay = [i for i, reason in enumerate(reasons) if reason is None]
         if len(stay) < len(running):
-            self._leave(stay)
-            tokens = tokens[stay]
+            tokens = tokens[self._leave(stay)]
         if stay:
             cache = LayeredKVCache(self.pools)
             rope = decode_rope(self.model, cache.next_position, 1)[0]
@@ -250,12 +250,15 @@ class Scheduler:
             return "eos"
         return "length" if full else None
 
-    def _leave(self, stay: list[int]) -> None:
+    def _leave(self, stay: list[int]) -> Tensor:
+        """Keeps only some of the answers, by number; returns their numbers on the device."""
+        places = upload(torch.tensor(stay, dtype=torch.int64), self.model.device)
         self.running = [self.running[i] for i in stay]
-        self.logits = self.logits[stay]
-        self.sampler.keep(stay)
+        self.logits = self.logits[places]
+        self.sampler.keep(stay, places)
         for pool in self.pools:
-            pool.release(stay)
+            pool.release(stay, places)
+        return places
 
     def _parts(self, chunk: Sequence[Pending], prefill: Prefill) -> Iterator[Prefilled]:
         """The prompts of a chunk one by one."""
