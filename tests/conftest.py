@@ -1,14 +1,19 @@
 """Shared fixtures. One thread: the tests run beside each other and on loaded machines."""
 
 import os
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# cuBLAS reads it when it starts; without it, it refuses deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    torch.cuda.init()  # before `hidden_gpu` hides the GPU, which would be for good
+else:
     # Read where a kernel is defined, so before that: tests then run kernels in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -41,6 +46,25 @@ _numpys = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.create_dot = _dot
 _patch = interpreter._patch_lang_tensor
 interpreter._patch_lang_tensor = _patch_tensor
+
+
+@contextmanager
+def hidden_gpu(module):
+    """Hides a GPU from the tests of a module, and from programs that they start.
+
+    Only modules with a `DEVICE` run there: all others expect the numbers and dtypes of a CPU.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not hasattr(module, "DEVICE"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cpu_by_default(request):
+    with hidden_gpu(request.module):
+        yield
 
 
 @pytest.fixture(autouse=True)

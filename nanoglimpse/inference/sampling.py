@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.errors import UsageError
-from nanoglimpse.kernels.varlen import upload
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,11 @@ class Sampler:
             self.seen.scatter_(1, tokens[:, None], True)
         return tokens
 
-    def keep(self, stay: Sequence[int]) -> None:
-        """Keeps only some of the sequences, by number."""
+    def keep(self, stay: Sequence[int], places: Tensor) -> None:
+        """Keeps only the sequences `stay`; `places` are these numbers on the device."""
         self.generators = [self.generators[i] for i in stay]
         if self.seen is not None:
-            self.seen = self.seen[upload(torch.tensor(stay, dtype=torch.int64), self.seen.device)]
+            self.seen = self.seen[places]
 
     def join(self, other: "Sampler") -> None:
         """Appends the sequences of another sampler."""

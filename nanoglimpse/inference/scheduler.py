@@ -237,7 +237,7 @@ class Scheduler:
         reasons = [self._reason(reply) for reply in running]
         stay = [i for i, reason in enumerate(reasons) if reason is None]
         if len(stay) < len(running):
-            tokens = self._keep(stay, tokens)
+            tokens = tokens[self._leave(stay)]
         if stay:
             self.logits = self._decode(tokens)
         ended = [pair for pair in zip(running, reasons, strict=True) if pair[1]]
@@ -259,14 +259,14 @@ class Scheduler:
             return "eos"
         return "length" if full else None
 
-    def _keep(self, stay: list[int], tokens: Tensor) -> Tensor:
-        """Lets all answers leave but those at the indices `stay`; returns the tokens of these."""
-        self.running = [self.running[i] for i in stay]
-        self.replaying = None
-        self.sampler.keep(stay)
+    def _leave(self, stay: list[int]) -> Tensor:
+        """Keeps only some of the answers, by number; returns their numbers on the device."""
+        places = upload(torch.tensor(stay, dtype=torch.int64), self.model.device)
+        self.running, self.replaying = [self.running[i] for i in stay], None
+        self.sampler.keep(stay, places)
         for pool in self.pools:
-            pool.release(stay)
-        return tokens[upload(torch.tensor(stay, dtype=torch.int64), tokens.device)]
+            pool.release(stay, places)
+        return places
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """Logits [B, vocab] after one more token, int64 [B], of each running answer."""

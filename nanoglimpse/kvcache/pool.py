@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache
 
 
@@ -48,10 +48,9 @@ class KVPool(KVCache):
         position = source.next_position[sequence : sequence + 1]
         self.next_position = torch.cat((self.next_position, position))
 
-    def release(self, stay: Sequence[int]) -> None:
-        """Frees the rows of all sequences but those at the indices `stay`."""
+    def release(self, stay: Sequence[int], places: Tensor) -> None:
+        """Frees the rows of all sequences but `stay`; `places` are these numbers on the device."""
         self.starts = [self.starts[i] for i in stay]
         self.lengths = [self.lengths[i] for i in stay]
         self.capacity = [self.capacity[i] for i in stay]
-        numbers = upload(torch.tensor(stay, dtype=torch.int64), self.k.device)
-        self.next_position = self.next_position[numbers]
+        self.next_position = self.next_position[places]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from nanoglimpse.errors import UsageError
+from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.methods.base import Decision, PruningContext, PruningMethod
 from nanoglimpse.methods.schedule import two_thirds
 from nanoglimpse.model.model import Model
@@ -44,7 +45,7 @@ class Random(AfterTwoThirds):
         generator, scores = torch.Generator(), []
         for count, seed in zip(context.visual_counts, context.seeds, strict=True):
             scores.append(torch.rand(count, generator=generator.manual_seed(seed)))
-        drawn = torch.cat(scores).to(context.visual.device)
+        drawn = upload(torch.cat(scores), context.visual.device)
         return Decision(context.select(drawn, threshold=0.0))
 
 

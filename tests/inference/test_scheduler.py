@@ -215,9 +215,9 @@ def test_gaps_are_found_first_fit(engine):
         pool.admit(source, sequence, 1)
     assert (pool.starts, pool.capacity, pool.lengths) == ([0, 5, 8], [5, 3, 4], [4, 2, 3])
     assert pool.gap(1) is None
-    pool.release([0, 2])
+    pool.release([0, 2], torch.tensor([0, 2]))
     assert (pool.gap(3), pool.gap(4)) == (5, None)
-    pool.release([1])
+    pool.release([1], torch.tensor([1]))
     assert (pool.gap(8), pool.gap(9)) == (0, None)
     assert pool.layer(1)[0][:, 0, 0].tolist() == [6, 7, 8]
     assert pool.next_position.tolist() == [2]

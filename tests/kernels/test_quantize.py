@@ -29,6 +29,7 @@ from tests.helpers.prompts import QUESTION, SCENE
 from tests.helpers.tiny import chat_ids, config_dict, patches_of, write_checkpoint
 from tests.weights.test_weights import write_adapter
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Operations that read quantised matrices in the layout of the kernels.
 OURS = replace(TORCH, dequantize=lambda *args: unpack(*args))
 GRID = (1, 12, 18)
@@ -231,8 +232,7 @@ def test_operations_that_are_missing(monkeypatch):
 def test_a_model_on_kernels_answers_as_with_torch(folder, mode):
     """Every product of a step reads quantised matrices itself; the head is one of them."""
     pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ours = load(folder, dtype="float32", device=device, quantize=mode, backend="triton")
+    ours = load(folder, dtype="float32", device=DEVICE, quantize=mode, backend="triton")
     plain = load(folder, dtype="float32", device="cpu", quantize=mode)
     prompt = ours_prompt(plain)
     one, other = (engine.prefill(prompt, "dense") for engine in (ours, plain))

@@ -1,6 +1,8 @@
 """The device and dtype that a user names, on machines with other GPUs than this one."""
 
+import os
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from nanoglimpse import UsageError
 from nanoglimpse.kernels.backends import select
 from nanoglimpse.model.device import find_device, find_dtype
+from tests.conftest import hidden_gpu
 
 CUDA = torch.device("cuda:1")
 
@@ -29,6 +32,15 @@ def test_a_gpu_that_is_not_there():
     with pytest.raises(UsageError, match=r"cuda:2 .* finds only cuda:0, cuda:1 here") as error:
         find_device("cuda:2")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_tests_see_a_gpu_only_where_they_name_a_device():
+    with hidden_gpu(SimpleNamespace(DEVICE=CUDA)):
+        assert find_device("auto").type == "cuda"
+    with hidden_gpu(SimpleNamespace()):
+        assert find_device("auto").type == "cpu"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.usefixtures("gpus")
