@@ -14,7 +14,7 @@ from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Progress, note
 from nanoglimpse.cli.options import load_engine, prompt_options, pruning_of, sampling_of
 from nanoglimpse.cli.report import as_dict
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from nanoglimpse.files import check_writable
 from nanoglimpse.inputs.video import Video
 from nanoglimpse.jsonl import Journal, read_rows
@@ -205,7 +205,7 @@ def _answer_all(args: argparse.Namespace, results: AnswerFile) -> None:
         question = results.left[number]
         if isinstance(answer, NanoglimpseError):
             results.add(question, {"error": str(answer)})
-            note(args)(f"question {question.index}: {answer}")
+            note(args)(f"question {question.index}: {one_line(answer)}")
         else:
             results.add(question, as_dict(engine.model, question.text, [*question.names], answer))
         remark = f"{results.failed} failed" if results.failed else ""

@@ -19,7 +19,7 @@ from torch import Tensor
 from nanoglimpse.cli.console import exit_code, is_out_of_memory, say
 from nanoglimpse.cli.report import as_dict, report
 from nanoglimpse.config import Config
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.outputs import Answer
 from nanoglimpse.inference.overlay import save_overlay
@@ -103,7 +103,7 @@ class Chat:
                 raise
             self.note("stopped")
         except NanoglimpseError as error:
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {one_line(error)}")
             return error.exit_code
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
