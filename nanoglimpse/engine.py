@@ -27,12 +27,12 @@ from nanoglimpse.inference.stream import AskOptions, PrefillOptions, Stream, spl
 from nanoglimpse.inputs.images import joined
 from nanoglimpse.inputs.processor import SYSTEM, Processor
 from nanoglimpse.inputs.prompt import PackedBatch, Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.methods.options import PruningLike, PruningOptions, ResolvedPruning, resolve
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.glimpse import Glimpse
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.vision import VisionEncoder, VisionOutput
+from nanoglimpse.pictures.video import Visual
 
 
 class Engine:

@@ -22,11 +22,11 @@ from nanoglimpse.inference.sampling import Sampler, Sampling
 from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.inputs.prompt import Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
 from nanoglimpse.kvcache.pool import KVPool
 from nanoglimpse.model.model import Model
+from nanoglimpse.pictures.video import Visual
 
 Query = tuple[Visual | Sequence[Visual], str | Sequence[Visual]]
 AnswerOrError = Answer | NanoglimpseError
