@@ -9,6 +9,7 @@ of the file.
 import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,11 +32,6 @@ SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp"),
     *(".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-# Dictionaries of the other compressions are as large as the file says.
-TIFF_COMPRESSIONS = (
-    *("raw", "tiff_raw_16", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"),
-    *("jpeg", "tiff_jpeg", "tiff_ccitt", "group3", "group4"),
-)
 MAX_PIXELS, MAX_SIDE = 178_956_970, 65_535
 # RGB takes four bytes a pixel in Pillow. The rest of the 50 MB is for strips and small objects.
 PER_PIXEL, SPARE = 15, 46_000_000
@@ -49,13 +45,60 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow inflates up to 64 MB of text beside a picture of one pixel, and up to four bytes a letter.
-PngImagePlugin.MAX_TEXT_MEMORY = min(
-    PngImagePlugin.MAX_TEXT_MEMORY, 6 * PngImagePlugin.MAX_TEXT_CHUNK
+# Bytes of a header with all that stands beside the pixels; of EXIF that is searched for a turn.
+METADATA, MAX_EXIF = 16_000_000, 1_000_000
+# Pillow reads pixels in blocks of this size, and anything else in one piece or in larger blocks.
+BLOCK = 1 << 16
+# WebP and AVIF are read whole, and copied once, before their size is known.
+WHOLE, WHOLE_MOVING = 23_000_000, 256_000_000
+# Numbers in the tags of a TIFF become objects of Python, and strips and tiles larger ones.
+MAX_NUMBERS, MAX_STRIPS = 400_000, 1 << 16
+# Dictionaries of the other compressions are as large as the file says.
+TIFF_COMPRESSIONS = (
+    *("raw", "tiff_raw_16", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"),
+    *("jpeg", "tiff_jpeg", "tiff_ccitt", "group3", "group4"),
 )
+# Pillow inflates up to 64 million letters of up to four bytes.
+PngImagePlugin.MAX_TEXT_MEMORY = min(PngImagePlugin.MAX_TEXT_MEMORY, 6 << 20)
 
 # Also everything with the buffer protocol, as NumPy's arrays.
 Picture = str | os.PathLike[str] | bytes | bytearray | BinaryIO | Image.Image | Tensor
+
+
+class _Counting:
+    """Counts what is read beside the pixels, which may be gigabytes beside a single pixel.
+
+    Attributes:
+        opened: format of the picture when its header has been read.
+        left: bytes that may still be read beside the pixels.
+    """
+
+    opened: str | None = None
+    left = METADATA
+
+    def counted(self, data: bytes, size: int | None) -> bytes:
+        """The data that have been read; a read without a size is one of a whole file."""
+        if size is not None and size >= 0 and (self.opened is None or size > BLOCK):
+            self.left -= len(data)
+            if self.left < 0 and self.opened != "PPM":
+                raise ValueError(f"more than {METADATA / 1e6:g} MB of metadata; save it as PNG")
+        return data
+
+
+class MeteredFile(_Counting, io.BufferedReader):
+    """A file whose metadata are limited."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of a file."""
+        return self.counted(super().read(size), size)
+
+
+class MeteredBytes(_Counting, io.BytesIO):
+    """Bytes whose metadata are limited."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of a file."""
+        return self.counted(super().read(size), size)
 
 
 @dataclass(frozen=True)
@@ -95,21 +138,18 @@ class Source:
                 if is_pdf(file):
                     yield pdf.render(file, self.page, self.name)
                     return
-                size = file.seek(0, io.SEEK_END)
-                file.seek(0)
+                size = _header(file, moving)
                 with Image.open(file, formats=FORMATS) as image:
+                    file.opened = image.format
                     held = size if isinstance(self.data, Path) else 2 * size
                     check(image, self.name, held, getattr(image, "n_frames", 1) if moving else 1)
                     yield image
 
-    def file(self) -> BinaryIO:
+    def file(self) -> MeteredFile | MeteredBytes:
         """The content as a file; pixels have none."""
-        return self.data.open("rb") if isinstance(self.data, Path) else io.BytesIO(self.content)
-
-    @property
-    def content(self) -> bytes:
-        """The content, if it is in memory."""
-        return self.data if isinstance(self.data, bytes) else b""
+        if isinstance(self.data, Path):
+            return MeteredFile(self.data.open("rb", buffering=0))
+        return MeteredBytes(self.data if isinstance(self.data, bytes) else b"")
 
     def check(self) -> None:
         """Raises the errors of `open`."""
@@ -209,13 +249,6 @@ def _of_path(path: Path) -> Source:
     return Source(str(path), path)
 
 
-def is_pdf(file: BinaryIO) -> bool:
-    """Whether a file begins as a PDF does; it is read from its beginning again."""
-    head = file.read(1024)
-    file.seek(0)
-    return b"%PDF-" in head and not head.startswith((b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF"))
-
-
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
     """Turns whatever a decoder raises into one line; Pillow's warnings are not shown.
@@ -254,8 +287,8 @@ def check(image: Image.Image, name: str, held: int, frames: int = 1) -> None:
         frames: how many frames are decoded, one after the other.
 
     Raises:
-        UsageError: a TIFF is compressed in a way that is not read.
         NanoglimpseError: it exceeds the bounds.
+        ValueError: a TIFF is compressed in a way that is not read.
     """
     width, height = image.size
     pixels = width * height
@@ -266,7 +299,7 @@ def check(image: Image.Image, name: str, held: int, frames: int = 1) -> None:
         )
     cost = COSTS.get(image.format or "", PER_PIXEL) * pixels
     if image.format == "TIFF":
-        cost = max(8 * pixels, 4 * pixels + _strip(image, name))
+        cost = max(8 * pixels, 4 * pixels + _strip_bytes(image))
     allowed = min(PER_PIXEL * pixels * frames, PER_PIXEL * MAX_PIXELS) + SPARE
     if cost + held > allowed:
         raise NanoglimpseError(
@@ -276,13 +309,57 @@ def check(image: Image.Image, name: str, held: int, frames: int = 1) -> None:
         )
 
 
-def _strip(image: Any, name: str) -> int:
-    """Bytes of a TIFF's largest strip or tile, which its decoder holds, whatever size it has."""
+def is_pdf(file: BinaryIO) -> bool:
+    """Whether a file is a PDF, before whose mark there may be other bytes; it is rewound."""
+    head = file.read(1024)
+    file.seek(0)
+    return b"%PDF-" in head and head[:3] not in (b"\x89PN", b"GIF", b"RIF", b"\xff\xd8\xff")
+
+
+def _header(file: MeteredFile | MeteredBytes, moving: bool) -> int:
+    """Bytes of a file, after what Pillow would take for opening it has been bounded.
+
+    Raises:
+        ValueError: a WebP or AVIF is too large, or a TIFF lists too much.
+    """
+    head, size = file.read(16), file.seek(0, io.SEEK_END)
+    whole = WHOLE_MOVING if moving else WHOLE
+    if (head[8:12] == b"WEBP" or head[4:8] == b"ftyp") and size > whole:
+        raise ValueError(
+            f"it has {size / 1e6:,.0f} MB, and a WebP or AVIF, which is read whole, may have "
+            f"{whole / 1e6:,.0f}; save it as PNG or JPEG"
+        )
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        _check_tags(file, head)
+    file.seek(0)
+    return size
+
+
+def _check_tags(file: BinaryIO, head: bytes) -> None:
+    """Counts the numbers that the first directory of a TIFF lists."""
+    order, big = "<" if head[:2] == b"II" else ">", b"+" in head[:4]
+    (start,) = struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)
+    file.seek(start)
+    (count,) = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
+    size, layout, total = (20, "HHQ", 0) if big else (12, "HHI", 0)
+    for _ in range(min(count, 1 << 16)):
+        if len(entry := file.read(size)) < size:
+            return
+        tag, kind, numbers = struct.unpack_from(order + layout, entry)
+        total += 0 if kind in (1, 2, 6, 7) else numbers  # bytes and text
+        if total > MAX_NUMBERS or (tag in (273, 324) and numbers > MAX_STRIPS):
+            raise ValueError("its tags list too many numbers; save it as PNG")
+
+
+def _strip_bytes(image: Any) -> int:
+    """Bytes of a TIFF's largest strip or tile, which its decoder holds, whatever size it has.
+
+    Raises:
+        ValueError: it is compressed in a way that is not read.
+    """
     tags, compression = image.tag_v2, image.info.get("compression")
     if compression not in TIFF_COMPRESSIONS:
-        raise UsageError(
-            f"{one_line(name)}: a TIFF compressed by {compression} is not read; save it as PNG"
-        )
+        raise ValueError(f"a TIFF compressed by {compression} is not read; save it as PNG")
     area = image.width * min(tags.get(278, image.height), image.height)
     if 322 in tags:
         area = tags[322] * tags[323]
@@ -293,6 +370,8 @@ def _strip(image: Any, name: str) -> int:
 def orientation(image: Image.Image) -> Image.Transpose | None:
     """How a file's EXIF says that the picture is turned; nothing else of EXIF is read."""
     with suppress(Exception):  # of damaged EXIF, whose picture is good
+        if len(image.info.get("exif", b"")) > MAX_EXIF:
+            return None
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return None
 
