@@ -38,10 +38,10 @@ from nanoglimpse.engine import Engine  # noqa: E402
 from nanoglimpse.errors import NanoglimpseError, UsageError  # noqa: E402
 from nanoglimpse.inference.sampling import Sampling  # noqa: E402
 from nanoglimpse.inputs.prompt import Prompt  # noqa: E402
-from nanoglimpse.inputs.video import Video  # noqa: E402
 from nanoglimpse.loader import load  # noqa: E402
 from nanoglimpse.methods.options import Pruning  # noqa: E402
 from nanoglimpse.moved import Moved  # noqa: E402
+from nanoglimpse.pictures.video import Video  # noqa: E402
 from nanoglimpse.version import VERSION  # noqa: E402
 
 # Last, so that it is asked only about modules that do not exist.

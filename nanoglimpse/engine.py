@@ -27,11 +27,11 @@ from nanoglimpse.inference.warm_up import check_ops
 from nanoglimpse.inputs.images import joined
 from nanoglimpse.inputs.processor import SYSTEM, Processor
 from nanoglimpse.inputs.prompt import PackedBatch, Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.kernels.checked import OpCheck
 from nanoglimpse.methods.options import PruningLike, PruningOptions, ResolvedPruning, resolve
 from nanoglimpse.model.model import Model, ModelHolder
 from nanoglimpse.model.vision import VisionOutput
+from nanoglimpse.pictures.video import Visual
 
 
 class Engine(ModelHolder):

@@ -34,7 +34,7 @@ RENAMED = {
     "kernels.quantized": "kernels.quantize",
     "kernels.received": "kernels.reference.attention_colsum",
     "kernels.rope": "kernels.reference.rope",
-    "kernels.swiglu": "kernels.reference.swiglu",
+    "kernels.swiglu": "kernels.reference.linear",
     "weights.names": "weights.mapping",
 }
 MOVED = RENAMED | {name: f"{room}.{name}" for room, all in KEPT.items() for name in all.split()}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     ("version", "errors"),
     ("files",),
-    ("jsonl",),
+    ("jsonl", "pictures"),
     ("config",),
     ("kernels",),
     ("kvcache",),

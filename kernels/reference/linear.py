@@ -5,7 +5,8 @@ slower than oneDNN on some CPUs, and in every dtype it repacks a dense matrix in
 single row and a small matrix the packed product is the slower one, so the decoder packs only its
 large matrices.
 
-`skinny_linear` is a product of few rows, fused with the operations around it in a decode step.
+`skinny_linear` is a product of few rows, fused with the operations around it in a decode step, of
+which `swiglu` is one.
 """
 
 import platform
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoglimpse.kernels.reference.norm import rms_norm
-from nanoglimpse.kernels.reference.swiglu import swiglu
 
 # On a Zen 4 core oneDNN reads a bf16 matrix a tenth faster for five rows than for one.
 MIN_BF16_ROWS = 5
@@ -97,3 +97,16 @@ def skinny_linear(
     if gated:
         x = swiglu(x)
     return x if residual is None else x.add_(residual)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SwiGLU (arXiv 2002.05202): silu(gate) · up for x = [gate | up] along the last axis.
+
+    Args:
+        x: [..., 2I].
+
+    Returns:
+        [..., I]
+    """
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)

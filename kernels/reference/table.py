@@ -11,10 +11,9 @@ from nanoglimpse.kernels.reference.attention_colsum import attention_colsum
 from nanoglimpse.kernels.reference.decode_attention import decode_attention
 from nanoglimpse.kernels.reference.dequantize import dequantize
 from nanoglimpse.kernels.reference.gather import gather
-from nanoglimpse.kernels.reference.linear import linear, pack, skinny_linear
+from nanoglimpse.kernels.reference.linear import linear, pack, skinny_linear, swiglu
 from nanoglimpse.kernels.reference.norm import add_rms_norm, rms_norm
 from nanoglimpse.kernels.reference.rope import rope_append, rotate, row_logits
-from nanoglimpse.kernels.reference.swiglu import swiglu
 
 
 def _keep_dense(weight: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoglimpse.kernels.reference import swiglu as reference
+from nanoglimpse.kernels.reference import linear as reference
 from nanoglimpse.kernels.triton_ops.launch import launch, supported, tile_shape
 
 

@@ -18,7 +18,6 @@ from nanoglimpse.errors import UsageError
 from nanoglimpse.inference.session import Session
 from nanoglimpse.inputs.processor import Processor, as_visuals
 from nanoglimpse.inputs.prompt import Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.kernels.backends import select
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.quantize import check_supported
@@ -32,6 +31,8 @@ from nanoglimpse.model.device import find_device, find_dtype
 from nanoglimpse.model.glimpse import Glimpse
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.vision import VisionEncoder
+from nanoglimpse.pictures.picture import load_picture
+from nanoglimpse.pictures.video import Visual
 from nanoglimpse.weights.checkpoint import fill
 from nanoglimpse.weights.load import build
 from nanoglimpse.weights.mapping import parts
@@ -216,7 +217,7 @@ def make_picture(args: argparse.Namespace, visual: int, side: float) -> Image.Im
     """A picture of noise, or the one that the options name, with its sides scaled."""
     if visual:
         return noise(max(round(visual * side * side), 1))
-    whole = Image.open(args.image).convert("RGB")
+    whole = load_picture(args.image)
     width, height = (max(round(side * length), 1) for length in whole.size)
     return whole.resize((width, height))
 

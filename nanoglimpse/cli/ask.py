@@ -18,10 +18,11 @@ from nanoglimpse.cli.report import as_dict, report
 from nanoglimpse.errors import UsageError
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.stream import Stream
-from nanoglimpse.inputs.images import open_picture
 from nanoglimpse.inputs.processor import SYSTEM
-from nanoglimpse.inputs.video import FPS, MAX_FRAMES, Video
 from nanoglimpse.methods import METHODS
+from nanoglimpse.pictures.fetch import NAMED
+from nanoglimpse.pictures.picture import Source, source, sources
+from nanoglimpse.pictures.video import FPS, MAX_FRAMES, Video
 from nanoglimpse.version import VERSION
 from nanoglimpse.weights.hub import EMBEDDED
 
@@ -41,12 +42,13 @@ def parser() -> Parser:
         quiet=True,
     )
     several = {"action": "append", "dest": "image"}
+    picture = "pictures: paths, PDF files, URLs, data URIs, or - for stdin; may be repeated"
     video = "an animation (GIF, WebP, APNG) or a folder of frames; may be mixed with --image"
     chat = "ask any number of questions about the pictures, one per line; /help lists the commands"
     session = "ask about a session that /save wrote in a chat, which has pictures and conversation"
     add = adder(p)
     add("question", str, "the question", nargs="?")
-    add("--image", str, "a picture; may be repeated", metavar="FILE", **several)
+    add("--image", str, picture, metavar="FILE", nargs="+", **several)
     add("--video", VideoPath, video, metavar="PATH", **several)
     p.set_defaults(image=[])
     add("--fps", FPS, "frames per second to sample from a video")
@@ -97,8 +99,9 @@ def command(args: argparse.Namespace) -> int:
         _check_session(args)
     sampling, pruning = options.sampling_of(args), options.pruning_of(args)
     decoding = {"max_new_tokens": args.max_new_tokens, "sampling": sampling}
+    _find_question(args)
+    _check(args)
     images, question = _task(args)
-    _check(args, images)
     engine, prompting = options.load_engine(args), options.prompt_options(args)
     names: list[Any] = [*images]
     if args.session:
@@ -125,7 +128,8 @@ def _answer(args: argparse.Namespace, stream: Stream, images: list[Any], questio
     except KeyboardInterrupt as interruption:
         code = console.exit_code(interruption)
     answer = stream.answer
-    print(json.dumps(as_dict(model, question, images, answer)) if args.json else "", flush=True)
+    names = [None if image is None else image.name for image in images]
+    print(json.dumps(as_dict(model, question, names, answer)) if args.json else "", flush=True)
     kept = summary(answer, model.config) if args.session else []
     for line in [*kept, *report(answer)]:
         tell(line)
@@ -137,20 +141,43 @@ def _answer(args: argparse.Namespace, stream: Stream, images: list[Any], questio
     return code
 
 
-def _task(args: argparse.Namespace) -> tuple[list[str | Video], str]:
+def _find_question(args: argparse.Namespace) -> None:
+    """Takes the question out of the values of --image, where it stands after a picture."""
+    groups = [values if isinstance(values, list) else [values] for values in args.image]
+    if args.question is None:
+        texts = [(group, v) for group in groups for v in group[1:] if not _is_picture(v)]
+        if texts:
+            group, args.question = texts[-1]
+            group.reverse()
+            group.remove(args.question)
+            group.reverse()
+    args.image = [value for group in groups for value in group]
+
+
+def _is_picture(value: str) -> bool:
+    """Whether a value names a picture, and is no question."""
+    try:
+        return bool(NAMED.match(value)) or Path(value).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # as a text that is too long for a name
+        return False
+
+
+def _task(args: argparse.Namespace) -> tuple[list[Source | Video], str]:
     """Pictures, videos and question of the command line, or the built-in ones without any."""
-    images = [
-        Video(str(path), args.fps, args.max_frames) if isinstance(path, VideoPath) else path
-        for path in args.image
-    ]
+    images: list[Source | Video] = []
+    for value in args.image:
+        if isinstance(value, VideoPath):
+            images.append(Video(source(str(value)), args.fps, args.max_frames))
+        else:
+            images += sources(value)
+    for image in images:
+        image.check()
     if args.question or args.chat or args.session:
         return images, args.question
-    if args.question is not None or images:
-        raise UsageError("a question is needed; put it in quotes after the options")
     picture, question = built_in()
     note(args)(f"picture     {picture}")
     note(args)(f"question    {question}")
-    return [str(picture)], question
+    return [source(picture)], question
 
 
 def built_in() -> tuple[Path, str]:
@@ -159,10 +186,13 @@ def built_in() -> tuple[Path, str]:
     return EXAMPLES / example["image"], example["question"]
 
 
-def _check(args: argparse.Namespace, images: list[str | Video]) -> None:
-    """Finds mistakes that can be seen before gigabytes of weights are read."""
-    for image in images:
-        image.check() if isinstance(image, Video) else open_picture(image).close()
+def _check(args: argparse.Namespace) -> None:
+    """Finds mistakes that can be seen before anything is fetched or read."""
+    missing = not (args.question or args.chat or args.session)
+    if missing and (args.question is not None or args.image):
+        raise UsageError("a question is needed; put it in quotes after the options")
+    if args.chat and "-" in args.image:
+        raise UsageError("--image - cannot be combined with --chat, which reads questions there")
     if args.chat and args.overlay:
         raise UsageError("--overlay cannot be combined with --chat; use /overlay FILE in the chat")
     if args.overlay:

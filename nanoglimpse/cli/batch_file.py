@@ -14,10 +14,11 @@ from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Progress, note
 from nanoglimpse.cli.options import load_engine, prompt_options, pruning_of, sampling_of
 from nanoglimpse.cli.report import as_dict
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from nanoglimpse.files import check_writable
-from nanoglimpse.inputs.video import Video
 from nanoglimpse.jsonl import Journal, read_rows
+from nanoglimpse.pictures.fetch import NAMED, shown
+from nanoglimpse.pictures.video import Video
 
 VISUALS = ("image", "video")
 # Options that do not affect an answer.
@@ -30,15 +31,15 @@ class FileQuestion:
 
     Attributes:
         index: position of the question in the file, from 0.
-        names: names of its pictures and then of its videos, as in the file.
-        visuals: the pictures and videos themselves.
+        names: of its pictures and then of its videos, as in the file, but data URIs shortened.
+        visuals: the pictures and videos themselves; a data URI is the only str.
         text: the question.
         id: the "id" of the line, of any JSON type; None without one.
     """
 
     index: int
     names: list[str]
-    visuals: list[Path | Video]
+    visuals: list[Path | str | Video]
     text: str
     id: Any = None
 
@@ -53,7 +54,8 @@ def read_questions(path: Path, fps: float, max_frames: int) -> list[FileQuestion
     """The questions of a file: {"image": path, [paths] or null, "question": text, "id": any}.
 
     Videos are given as "video", in place of pictures or beside them. Paths are relative to the
-    folder of the file. Blank lines do not count, and other keys are ignored.
+    folder of the file, and a data URI may stand for one; no URL is fetched because a file names it.
+    Blank lines do not count, and other keys are ignored.
 
     Args:
         path: the file.
@@ -65,9 +67,9 @@ def read_questions(path: Path, fps: float, max_frames: int) -> list[FileQuestion
     questions = []
     for index, (number, row) in enumerate(read_rows(path)):
         names = _names(row, f"{path}, line {number}")
-        images = [path.parent / name for name in names["image"]]
-        videos = [Video(path.parent / name, fps, max_frames) for name in names["video"]]
-        both = names["image"] + names["video"]
+        images = [_visual(name, path.parent) for name in names["image"]]
+        videos = [Video(_visual(name, path.parent), fps, max_frames) for name in names["video"]]
+        both = [shown(name) for name in names["image"] + names["video"]]
         question = FileQuestion(index, both, [*images, *videos], row["question"], row.get("id"))
         questions.append(question)
     if not questions:
@@ -90,7 +92,20 @@ def _names(row: Any, where: str) -> dict[str, list[str]]:
             raise UsageError(
                 f"{where}: {kind} must be a path, a list of paths or null, got {value!r}"
             )
+        if urls := [name for name in names[kind] if NAMED.match(name) and not _is_data(name)]:
+            raise UsageError(
+                f"{where}: {shown(urls[0])} is not fetched because a file names it; {kind} must be "
+                "a path or a data URI"
+            )
     return names
+
+
+def _is_data(name: str) -> bool:
+    return name[:5].lower() == "data:"
+
+
+def _visual(name: str, folder: Path) -> Path | str:
+    return name if _is_data(name) else folder / name
 
 
 class AnswerFile:
@@ -205,7 +220,7 @@ def _answer_all(args: argparse.Namespace, results: AnswerFile) -> None:
         question = results.left[number]
         if isinstance(answer, NanoglimpseError):
             results.add(question, {"error": str(answer)})
-            note(args)(f"question {question.index}: {answer}")
+            note(args)(f"question {question.index}: {one_line(answer)}")
         else:
             results.add(question, as_dict(engine.model, question.text, [*question.names], answer))
         remark = f"{results.failed} failed" if results.failed else ""

@@ -20,11 +20,12 @@ from nanoglimpse.cli.console import exit_code, is_out_of_memory, say
 from nanoglimpse.cli.overlay import save_overlay
 from nanoglimpse.cli.report import as_dict, report
 from nanoglimpse.config import Config
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.outputs import Answer
 from nanoglimpse.inference.session import Session
-from nanoglimpse.inputs.video import Video
+from nanoglimpse.pictures.picture import Source, sources
+from nanoglimpse.pictures.video import Video
 
 HELP = """Type a question, or one of these commands:
 /overlay FILE  write a picture of the visual tokens that the last answer kept
@@ -58,14 +59,14 @@ class Chat:
     def __init__(
         self,
         session: Session,
-        images: Sequence[str | Video | None],
+        images: Sequence[Source | Video | None],
         options: dict[str, Any],
         note: Callable[[str], None],
         json: bool,
     ):
         self.session, self.images, self.options = session, list(images), options
         self.note, self.json = note, json
-        self.last: tuple[list[str | Video | None], str, Answer] | None = None
+        self.last: tuple[list[Source | Video | None], str, Answer] | None = None
         self.follow_up = True
         self.commands: dict[str, Callable[[str], None]] = {
             "/overlay": self.overlay,
@@ -103,7 +104,7 @@ class Chat:
                 raise
             self.note("stopped")
         except NanoglimpseError as error:
-            say(f"error: {' '.join(str(error).split())}")
+            say(f"error: {one_line(error)}")
             return error.exit_code
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -135,10 +136,15 @@ class Chat:
         finally:
             answer, model = stream.answer, self.session.model
             self.last = list(self.images), question, answer
-            whole = as_dict(model, question, self.images, answer) if self.json else None
+            whole = as_dict(model, question, self.names, answer) if self.json else None
             print(json.dumps(whole) if whole else "", flush=True)
             for line in summary(answer, model.config):
                 self.note(line)
+
+    @property
+    def names(self) -> list[str | None]:
+        """Of the pictures and videos; None for those of a saved session."""
+        return [None if image is None else image.name for image in self.images]
 
     def overlay(self, name: str) -> None:
         """Writes the overlay of the last answer."""
@@ -155,11 +161,11 @@ class Chat:
 
     def add(self, name: str) -> None:
         """Adds a picture."""
-        before, path = len(self.session.vision.visual), str(Path(name).expanduser())
-        self.session.add(path)
-        self.images.append(path)
-        more = len(self.session.vision.visual) - before
-        self.note(f"picture     {path}, {more} visual tokens")
+        before, more = len(self.session.vision.visual), sources(name)
+        self.session.add(more)
+        self.images += more
+        tokens = len(self.session.vision.visual) - before
+        self.note(f"picture     {name}, {tokens} visual tokens")
 
     def save(self, name: str) -> None:
         """Saves the session: the encoded pictures and the conversation."""

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.errors import NanoglimpseError, one_line
 
 # Seconds between two lines of progress, and between two updates of a line on a terminal.
 EVERY, REWRITE = 10.0, 0.1
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the line and ends the program with exit code 2."""
-        say(f"nanoglimpse: error: {message} (see --help)")
+        say(f"nanoglimpse: error: {one_line(message)} (see --help)")
         raise SystemExit(2)
 
 
@@ -186,7 +186,7 @@ def fail(message: str, debug: bool = False) -> None:
     if debug:
         with suppress(OSError):
             traceback.print_exc()
-    say(f"nanoglimpse: error: {' '.join(message.split())}")
+    say(f"nanoglimpse: error: {one_line(message)}")
 
 
 def say(text: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from nanoglimpse.config import Config
 from nanoglimpse.files import write_whole
 from nanoglimpse.inference.outputs import Answer
-from nanoglimpse.inputs.images import load_picture
-from nanoglimpse.inputs.video import Video, Visual
+from nanoglimpse.pictures.picture import load_picture
+from nanoglimpse.pictures.video import Video, Visual
 
 PANEL, TITLE, MARGIN, LINE, BAR = 480, 200, 16, 20, 14
 INK, PAPER, DIM = (32, 32, 36), (255, 255, 255), 0.3

@@ -9,7 +9,6 @@ import torch
 
 from nanoglimpse.cli.options import in_bytes
 from nanoglimpse.inference.outputs import Answer
-from nanoglimpse.inputs.video import Video
 from nanoglimpse.model.model import Model
 from nanoglimpse.version import VERSION
 
@@ -35,15 +34,14 @@ def report(answer: Answer) -> list[str]:
 
 
 def as_dict(
-    model: Model, question: str, images: Sequence[str | Video | None], answer: Answer
+    model: Model, question: str, images: Sequence[str | None], answer: Answer
 ) -> dict[str, Any]:
-    """The object that `--json` prints."""
-    names = [image.name if isinstance(image, Video) else image for image in images]
+    """The object that `--json` prints; `images` are names, None for those of a saved session."""
     stats = asdict(answer.stats)
     return {
         "answer": answer.text,
         "question": question,
-        "images": names,
+        "images": list(images),
         "tokens": answer.token_ids,
         "finish_reason": answer.finish_reason,
         "visual_tokens": stats.pop("visual_tokens"),

@@ -9,7 +9,7 @@ from typing import Protocol
 from nanoglimpse.data.qa import Example, draw_questions
 from nanoglimpse.data.viscot import Row, read_rows
 from nanoglimpse.errors import UsageError
-from nanoglimpse.inputs.images import load_picture
+from nanoglimpse.pictures.picture import load_picture
 from nanoglimpse.world import DOMAINS, SPLITS, render
 from nanoglimpse.world.types import CELL
 

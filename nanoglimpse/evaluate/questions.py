@@ -13,7 +13,7 @@ from PIL import Image
 from nanoglimpse.data.qa import QA, as_qa
 from nanoglimpse.data.viscot import Row, read_benchmark, read_rows
 from nanoglimpse.errors import UsageError
-from nanoglimpse.inputs.images import load_picture
+from nanoglimpse.pictures.picture import load_picture
 from nanoglimpse.world import QUESTION_KINDS, SPLITS, Box, render
 
 PER_PICTURE = 4

@@ -19,9 +19,10 @@ from nanoglimpse.evaluate.variants import Variant
 from nanoglimpse.flops import RowCounts, count
 from nanoglimpse.inference.decode import lookahead
 from nanoglimpse.inference.outputs import Clock, Prefill, peak_bytes
-from nanoglimpse.inputs.images import joined, load_picture
+from nanoglimpse.inputs.images import joined
 from nanoglimpse.methods.base import Needs
 from nanoglimpse.model.vision import VisionOutput
+from nanoglimpse.pictures.picture import load_picture
 
 MAX_NEW_TOKENS = 64
 THUMB = 448

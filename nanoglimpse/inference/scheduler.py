@@ -23,12 +23,12 @@ from nanoglimpse.inference.sampling import Sampler, Sampling
 from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.inputs.prompt import Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.kernels.varlen import upload
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
 from nanoglimpse.kvcache.pool import KVPool
 from nanoglimpse.model.model import Model
+from nanoglimpse.pictures.video import Visual
 
 # Steps of so many sequences before they are captured, which takes as long as many steps.
 EAGER_STEPS = 16

@@ -24,10 +24,10 @@ from nanoglimpse.inference.session_file import SessionData, save_session
 from nanoglimpse.inference.stream import AskOptions, Stream, split
 from nanoglimpse.inputs.processor import Processor, as_visuals
 from nanoglimpse.inputs.prompt import PackedBatch, Prompt
-from nanoglimpse.inputs.video import Visual
 from nanoglimpse.methods.options import ResolvedPruning
 from nanoglimpse.model.model import Model
 from nanoglimpse.model.vision import VisionOutput
+from nanoglimpse.pictures.video import Visual
 
 
 class QuestionOptions(TypedDict, total=False):

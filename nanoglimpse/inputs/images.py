@@ -1,72 +1,22 @@
-"""Opens, decodes and resizes pictures, and cuts them into patches.
+"""Resizes pictures and cuts them into patches.
 
 Pixels are equal, bit for bit, to those of the Qwen2-VL processor of transformers with Pillow.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from nanoglimpse.config import PixelConfig
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import UsageError
 from nanoglimpse.model.rope import Grid
 from nanoglimpse.model.vision import normalise
+from nanoglimpse.pictures.picture import Picture, Source, source
 
-Picture = str | Path | Image.Image
 MAX_ASPECT = 200
-
-
-def load_picture(picture: Picture) -> Image.Image:
-    """A picture as RGB, composited on white where it is transparent.
-
-    Of an animation it is the first frame. The EXIF orientation of a file is applied, that of a
-    Pillow image is not.
-
-    Raises:
-        UsageError: as `open_picture`.
-        NanoglimpseError: as `open_picture`, or the file is truncated.
-    """
-    if isinstance(picture, Image.Image):
-        return flatten(picture)
-    with open_picture(picture) as image:
-        try:
-            return flatten(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise NanoglimpseError(f"{picture} is damaged or cannot be read: {error}") from None
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file, opened but not decoded.
-
-    Raises:
-        UsageError: the file does not exist, or is not a picture that Pillow can read.
-        NanoglimpseError: it is damaged, or has so many pixels that it may be a decompression bomb.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(path)
-    except (FileNotFoundError, IsADirectoryError):
-        raise UsageError(f"there is no picture {path}") from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{path} is not a picture that Pillow can read") from None
-    except Image.DecompressionBombError as error:
-        raise NanoglimpseError(f"{path} is refused: {error}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise NanoglimpseError(f"{path} is damaged or cannot be read: {error}") from None
-
-
-def flatten(image: Image.Image) -> Image.Image:
-    """An image as RGB, composited on white where it is transparent."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def smart_resize(
@@ -100,7 +50,7 @@ def smart_resize(
 
 
 def preprocess_image(
-    picture: Picture,
+    picture: Picture | Source,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     config: PixelConfig | None = None,
@@ -108,7 +58,7 @@ def preprocess_image(
     """Patches of a still picture, in the order of the merge units that become visual tokens.
 
     Args:
-        picture: path or Pillow image.
+        picture: as `nanoglimpse.pictures.picture.source` takes it; its own limits come first.
         min_pixels, max_pixels: limits of the resized area; those of `config` if None.
         config: mean, deviation and patch sizes; those of Qwen2.5-VL by default.
 
@@ -117,12 +67,13 @@ def preprocess_image(
         [P, channels · side²] if `config.raw` is set; and the grid (t, h, w) in patches.
 
     Raises:
-        UsageError, NanoglimpseError: as `load_picture` and `smart_resize`.
+        UsageError, NanoglimpseError: as `source`, `Source.load` and `smart_resize`.
     """
     config = config or PixelConfig()
-    low = config.min_pixels if min_pixels is None else min_pixels
-    high = config.max_pixels if max_pixels is None else max_pixels
-    image = load_picture(picture)
+    given = source(picture)
+    low = next(x for x in (given.min_pixels, min_pixels, config.min_pixels) if x is not None)
+    high = next(x for x in (given.max_pixels, max_pixels, config.max_pixels) if x is not None)
+    image = given.load()
     side, merge = config.patch_size, config.merge_size
     height, width = smart_resize(image.height, image.width, side * merge, low, high)
     if image.size != (width, height):

@@ -1,7 +1,6 @@
 """From pictures and a question to a prompt: pixels, token ids, positions.
 
-Pictures are read by Pillow and text is encoded by `tokenizers`. The text of a user never becomes a
-control token.
+Text is encoded by `tokenizers`. What a user gives, text or numbers, never becomes a control token.
 """
 
 import json
@@ -9,19 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from PIL import Image
 from tokenizers import Tokenizer
 
 from nanoglimpse.config import Config, read_json, read_pixel_config
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inputs.images import joined, preprocess_image
 from nanoglimpse.inputs.prompt import Prompt
-from nanoglimpse.inputs.video import Video, Visual
+from nanoglimpse.inputs.video import preprocess_video
 from nanoglimpse.model.rope import visual_tokens
+from nanoglimpse.pictures.messages import Part, is_messages, read_messages
+from nanoglimpse.pictures.picture import sources
+from nanoglimpse.pictures.video import Video, Visual
 
-Part = TypeVar("Part")
 SYSTEM = "You are a helpful assistant."
 
 
@@ -48,9 +48,9 @@ class Processor:
     def prompt(
         self,
         images: Visual | Sequence[Visual],
-        question: str | Sequence[str | Path | Image.Image | Video],
+        question: str | Sequence[Any],
         *,
-        history: Sequence[tuple[str, str]] = (),
+        history: Sequence[tuple[str | Sequence[Any], str]] = (),
         system: str = SYSTEM,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -58,9 +58,11 @@ class Processor:
         """A prompt in the chat layout of Qwen: system prompt, user turn, start of the answer.
 
         Args:
-            images: pictures and videos, one or several, placed before the first question.
-            question: text, or texts (str) and pictures (Path, Pillow image, Video) in any order.
-            history: earlier questions and answers.
+            images: pictures (`pictures.picture.source`) and videos, one or several, placed before
+                the first question.
+            question: text; or a list of texts (str) and pictures (anything else that is one, as a
+                Path) in any order; or a list of messages (`pictures.messages`).
+            history: earlier questions and answers; with messages there is none beside theirs.
             system: the system prompt.
             min_pixels, max_pixels: limits of the area of a picture or frame. If None, those of the
                 checkpoint apply to pictures, and those of `nanoglimpse.inputs.video` to frames.
@@ -68,13 +70,16 @@ class Processor:
         Raises:
             UsageError: the checkpoint has no tokenizer, or a picture or text cannot be used.
         """
-        asked = [question] if isinstance(question, str) else question
-        parts = [*self.opening(system), *as_visuals(images), *self.conversation(asked, history)]
+        if not isinstance(question, str) and is_messages(question):
+            own, history, question = read_messages(question)
+            system = system if own is None else own
+        turn = self.conversation(as_parts(question), history)
+        parts = [*self.opening(system), *as_visuals(images), *turn]
         return self.fill(parts, min_pixels, max_pixels)
 
     def fill(
         self,
-        parts: Sequence[str | int | Path | Image.Image | Video],
+        parts: Sequence[Part | int],
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Prompt:
@@ -86,7 +91,7 @@ class Processor:
                 filled.append(part)
                 continue
             if isinstance(part, Video):
-                pixels, grid, duration = part.preprocess(min_pixels, max_pixels, self.pixels)
+                pixels, grid, duration = preprocess_video(part, min_pixels, max_pixels, self.pixels)
                 placeholder = config.video_token_id
                 seconds.append(duration)
             else:
@@ -110,13 +115,14 @@ class Processor:
         return [start, f"system\n{system}", end, "\n", start, "user\n"]
 
     def conversation(
-        self, turn: Sequence[Part], history: Sequence[tuple[str, str]] = ()
-    ) -> list[str | int | Part]:
+        self, turn: Sequence[Any], history: Sequence[tuple[str | Sequence[Any], str]] = ()
+    ) -> list[Any]:
         """The chat layout after `opening`: earlier turns, this turn, start of the answer."""
         start, end = self.control("<|im_start|>"), self.control("<|im_end|>")
-        parts: list[str | int | Part] = []
+        parts: list[Any] = []
         for asked, answer in history:
-            parts += [asked, end, "\n", start, f"assistant\n{answer}", end, "\n", start, "user\n"]
+            ended = [end, "\n", start, f"assistant\n{answer}", end, "\n", start, "user\n"]
+            parts += [*as_parts(asked), *ended]
         return [*parts, *turn, end, "\n", start, "assistant\n"]
 
     def encode(self, parts: Sequence[str | int]) -> list[int]:
@@ -178,10 +184,24 @@ class TextStream:
         return text
 
 
-def as_visuals(images: Visual | Sequence[Visual]) -> list[Path | Image.Image | Video]:
-    """One or several pictures and videos as a list; a str is a path, not text."""
-    images = [images] if isinstance(images, Visual) else images
-    return [Path(image) if isinstance(image, str) else image for image in images]
+def as_visuals(images: Visual | Sequence[Visual]) -> list[Part]:
+    """One or several pictures and videos as a list; a str is a path or URL, not text."""
+    given: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+    return [p for one in given for p in ([one] if isinstance(one, Video) else sources(one))]
+
+
+def as_parts(question: Any) -> list[Part]:
+    """A question as texts, pictures and videos.
+
+    Raises:
+        UsageError: it holds something else. Token ids make a prompt with `Prompt.from_tokens`.
+    """
+    if isinstance(question, str):
+        return [question]
+    if not isinstance(question, list | tuple):
+        kind = type(question).__name__
+        raise UsageError(f"a question must be text or a list of texts and pictures, got {kind}")
+    return [p for one in question for p in ([one] if isinstance(one, str) else as_visuals(one))]
 
 
 def _tokenizer(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:

@@ -12,7 +12,7 @@ import pytest
 from nanoglimpse.__main__ import COMMANDS, main
 from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Parser, Progress, run
-from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from tests.helpers.prompts import ANSWER
 
 SLOW = """
@@ -159,3 +159,30 @@ def test_commands_end_in_a_thread_as_well(capsys):
     thread.join()
     assert codes == [0]
     assert os.getpid()
+
+
+def test_an_error_is_one_printable_line_of_a_sensible_length(capsys):
+    """Names, answers of servers and data URIs end in messages."""
+    hostile = (
+        "there is \x1b[31mno\x07 picture\r\n\u202e\u2028" + 50_000 * "A" + "; give a shorter one"
+    )
+    code, err = of_command(raising(UsageError(hostile)), capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert len(err) < 450
+    assert err.rstrip("\n").isprintable()
+    assert err.startswith("nanoglimpse: error: there is \ufffd[31mno\ufffd picture \ufffd")
+    assert err.endswith("A; give a shorter one\n")
+    with pytest.raises(SystemExit):
+        Parser().parse_args(["--\x1b[2J" + 9000 * "x"])
+    err = capsys.readouterr().err
+    assert len(err) < 450
+    assert err.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("length", [0, 399, 400, 401, 1000])
+def test_only_a_long_line_is_cut(length):
+    text = ("word 数字 é " * 200)[:length].strip()
+    line = one_line(text, 400)
+    assert line == text if len(text) <= 400 else len(line) == 400
+    assert line[:100] == text[:100]
+    assert line[-100:] == text[-100:]

@@ -11,6 +11,7 @@ from nanoglimpse import Prompt, UsageError, Video, load
 from nanoglimpse.config import PixelConfig
 from nanoglimpse.inputs.images import joined, preprocess_image
 from nanoglimpse.inputs.processor import Processor
+from nanoglimpse.inputs.video import preprocess_video
 from nanoglimpse.model.vision import normalise
 from tests.helpers.tiny import chat_ids
 
@@ -41,8 +42,8 @@ def test_raw_patches_are_the_picture_and_normalise_to_the_bit():
 
 
 def test_a_pair_of_frames_stays_a_pair():
-    raw, grid, seconds = clip().preprocess(None, None, RAW)
-    exact, *rest = clip().preprocess(None, None, CONFIG)
+    raw, grid, seconds = preprocess_video(clip(), None, None, RAW)
+    exact, *rest = preprocess_video(clip(), None, None, CONFIG)
     assert rest == [grid, seconds]
     assert raw.shape == exact.shape
     assert torch.equal(normalise(raw, CONFIG), exact)
@@ -52,7 +53,7 @@ def test_a_pair_of_frames_stays_a_pair():
 
 def test_stills_beside_clips_are_repeated():
     still, _ = preprocess_image(picture(), config=RAW)
-    pair, _, _ = clip().preprocess(None, None, RAW)
+    pair, _, _ = preprocess_video(clip(), None, None, RAW)
     nothing = torch.empty(0, 1176)
     both = joined([still, nothing, pair])
     assert torch.equal(normalise(both[:60], CONFIG), normalise(still, CONFIG))
@@ -78,7 +79,7 @@ def prompts_of(engine):
     pixels, config, prompts = engine.processor.pixels, engine.config, []
     still, grid = preprocess_image(picture(), config=pixels)
     prompts.append(Prompt.from_tokens(chat_ids(3, grid, 4), still, [grid], config=config))
-    pair, clip_grid, _ = clip().preprocess(None, None, pixels)
+    pair, clip_grid, _ = preprocess_video(clip(), None, None, pixels)
     ids = chat_ids(2, (*clip_grid, "clip"), 3, grid, 2)
     both = joined([pair, still])
     prompts.append(Prompt.from_tokens(ids, both, [clip_grid, grid], config=config))

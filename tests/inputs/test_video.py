@@ -19,7 +19,7 @@ from nanoglimpse.cli.overlay import draw_overlay, save_overlay
 from nanoglimpse.config import PixelConfig
 from nanoglimpse.inputs.images import preprocess_image
 from nanoglimpse.inputs.prompt import PackedBatch
-from nanoglimpse.inputs.video import _limits
+from nanoglimpse.inputs.video import _limits, preprocess_video
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.context import SelectionRule
 from tests.helpers import reference
@@ -94,7 +94,7 @@ def test_frames_are_those_on_display():
 def test_pixels_are_those_of_transformers(hf):
     """Frames resized by Pillow one by one; pairs, order and values as its `patchify` makes them."""
     frames = pictures(4)
-    patches, grid, seconds = Video(frames, fps=4).preprocess(3136, 56 * 84, PixelConfig())
+    patches, grid, seconds = preprocess_video(Video(frames, fps=4), 3136, 56 * 84, PixelConfig())
     resized = [preprocess_image(frame, 3136, 56 * 84)[0].view(-1, 3, 2, 196) for frame in frames]
     assert (grid, seconds) == ((2, 4, 6), 0.5)
     ours = patches.view(2, 24, 3, 2, 196)
@@ -117,8 +117,8 @@ def test_pixels_are_those_of_transformers(hf):
 
 def test_an_odd_number_of_frames_repeats_the_last(hf):
     frames = pictures(3)
-    odd = Video(frames).preprocess(None, None, PixelConfig())
-    even = Video([*frames, frames[2]]).preprocess(None, None, PixelConfig())
+    odd = preprocess_video(Video(frames), None, None, PixelConfig())
+    even = preprocess_video(Video([*frames, frames[2]]), None, None, PixelConfig())
     assert odd[1][0] == 2
     assert torch.equal(odd[0], even[0])
     assert odd[1:] == even[1:]
@@ -127,7 +127,7 @@ def test_an_odd_number_of_frames_repeats_the_last(hf):
 def test_too_thin_a_video_says_so(tmp_path):
     path = animation(tmp_path / "thin.gif", pictures(4, (3, 900)), 100)
     with pytest.raises(UsageError, match=r"^a picture of 3 × 900 px is too thin"):
-        Video(path).preprocess(None, None, PixelConfig())
+        preprocess_video(Video(path), None, None, PixelConfig())
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
@@ -171,15 +171,15 @@ def test_frame_areas_are_those_of_qwen_vl_utils():
     assert _limits(8, unit, None, 50176, pixels) == (50176, 50176)
     assert _limits(8, unit, 3136, 50176, pixels) == (3136, 50176)
     with pytest.raises(UsageError, match=r"min_pixels must be in \[1, max_pixels 50176\]"):
-        Video(pictures(2)).preprocess(60000, 50176, pixels)
+        preprocess_video(Video(pictures(2)), 60000, 50176, pixels)
 
 
 @pytest.mark.slow
 def test_a_long_clip_has_small_frames(monkeypatch):
     frames = pictures(8, (560, 560))
-    assert Video(frames).preprocess(None, None, PixelConfig())[1] == (4, 40, 40)
+    assert preprocess_video(Video(frames), None, None, PixelConfig())[1] == (4, 40, 40)
     monkeypatch.setattr("nanoglimpse.inputs.video.ALL_TOKENS", 4 * 225)
-    assert Video(frames).preprocess(None, None, PixelConfig())[1] == (4, 30, 30)
+    assert preprocess_video(Video(frames), None, None, PixelConfig())[1] == (4, 30, 30)
 
 
 def broken(tmp_path):
@@ -217,7 +217,7 @@ BAD = {
 def test_bad_videos_give_one_clear_line(kind, tmp_path):
     make, error, words = BAD[kind]
     with pytest.raises(error, match=words) as raised:
-        Video(make(tmp_path)).preprocess(None, None, PixelConfig())
+        preprocess_video(Video(make(tmp_path)), None, None, PixelConfig())
     assert "\n" not in str(raised.value)
 
 
