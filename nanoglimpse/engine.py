@@ -194,7 +194,7 @@ class Engine:
         Raises:
             UsageError, NanoglimpseError: from these.
         """
-        prompt, prefill, decode, fields = split(options)
+        prompt, prefill, decode, fields = split(options, self.model)
         return Stream(
             self.model,
             self.processor,
@@ -236,7 +236,7 @@ class Engine:
         Raises:
             UsageError: an option makes no sense, whatever the question.
         """
-        prompt, prefill, decode, fields = split(options)
+        prompt, prefill, decode, fields = split(options, self.model)
         # The pool has the rows for answers, so a prefill needs room for one token only.
         prefill |= {"pruning": resolve(self.model, pruning, fields), "max_new_tokens": 1}
         scheduler = Scheduler(

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # not import each other.
 FLOORS = (
     ("version", "errors"),
-    ("files",),
+    ("files", "jsontext"),
     ("jsonl",),
     ("config",),
     ("kernels",),

@@ -41,8 +41,7 @@ class Processor:
 
     def __init__(self, folder: Path, config: Config, raw: bool = False):
         self.folder, self.config = folder, config
-        pixels = read_pixel_config(folder / "preprocessor_config.json", config)
-        self.pixels = replace(pixels, raw=raw)
+        self.pixels = replace(read_pixel_config(folder, config), raw=raw)
         self.tokenizer, self.control_ids = _tokenizer(folder / "tokenizer.json")
 
     def prompt(
@@ -139,6 +138,12 @@ class Processor:
         if token_id is None:
             raise NanoglimpseError(f"{self.folder / 'tokenizer.json'} has no token {token}")
         return token_id
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The token that ends a turn of the conversation; none without a tokenizer."""
+        end = self.tokenizer.token_to_id("<|im_end|>") if self.tokenizer else None
+        return frozenset() if end is None else frozenset([end])
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.

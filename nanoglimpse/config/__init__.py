@@ -1,0 +1,49 @@
+"""The JSON files of a checkpoint, each read against a table of its keys."""
+
+from nanoglimpse.config.adapter import AdapterConfig, Layer, read_adapter_config
+from nanoglimpse.config.archive import check_archive
+from nanoglimpse.config.generation import GREEDY, UNSET, Generation, Sampling, read_generation
+from nanoglimpse.config.model import (
+    ANCHORS,
+    Config,
+    GlimpseConfig,
+    TextConfig,
+    VisionConfig,
+    check_glimpse,
+    parse_config,
+    read_config,
+    read_glimpse_config,
+)
+from nanoglimpse.config.pixels import PixelConfig, read_pixel_config
+from nanoglimpse.config.schema import read_json, shown
+from nanoglimpse.config.tensors import INDEX, SINGLE, Stored, headers, shards
+
+__all__ = [
+    "ANCHORS",
+    "GREEDY",
+    "INDEX",
+    "SINGLE",
+    "UNSET",
+    "AdapterConfig",
+    "Config",
+    "Generation",
+    "GlimpseConfig",
+    "Layer",
+    "PixelConfig",
+    "Sampling",
+    "Stored",
+    "TextConfig",
+    "VisionConfig",
+    "check_archive",
+    "check_glimpse",
+    "headers",
+    "parse_config",
+    "read_adapter_config",
+    "read_config",
+    "read_generation",
+    "read_glimpse_config",
+    "read_json",
+    "read_pixel_config",
+    "shards",
+    "shown",
+]
