@@ -16,6 +16,7 @@ from nanoglimpse.config.model import (
 )
 from nanoglimpse.config.pixels import PixelConfig, read_pixel_config
 from nanoglimpse.config.schema import read_json, shown
+from nanoglimpse.config.session import read_session_header
 from nanoglimpse.config.tensors import INDEX, SINGLE, Stored, headers, shards
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "read_glimpse_config",
     "read_json",
     "read_pixel_config",
+    "read_session_header",
     "shards",
     "shown",
 ]

@@ -37,6 +37,8 @@ _STEM = "base_model.model."
 # Older files name the adapter, too: lora_A.default.weight.
 _MATRIX = re.compile(r"(.+)\.lora_(?:([AB])(?:\.\w+)?\.weight|(magnitude_vector)(?:\.\w+)*)")
 _SAVED = re.compile(r"(.*\.)modules_to_save\.\w+\.(.*)")
+# With an adapter of the head, the head itself is in the file, too.
+_BASE = re.compile(r"(.+)\.base_layer(\.weight)")
 
 ADAPTER = Schema(
     {
@@ -137,8 +139,9 @@ class AdapterConfig:
                 stored.name.removeprefix(_STEM),
             )
             match = _MATRIX.fullmatch(raw)
-            raw = match[1] if match else _SAVED.sub(r"\1\2", raw)
-            if not match and not self._replaces(raw):
+            base = _BASE.fullmatch(raw)
+            raw = match[1] if match else base[1] + base[2] if base else _SAVED.sub(r"\1\2", raw)
+            if not (match or base or self._replaces(raw)):
                 raise NanoglimpseError(f"{where} is not a LoRA matrix")
             name = canonical(raw)
             same = replaced
