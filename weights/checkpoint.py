@@ -80,7 +80,7 @@ def fill(
     if isinstance(source, Checkpoint):
         for name, stored in source.stored.items():
             if not unused(name):
-                check(stored.shape, wanted.get(name), f"{stored.file}: tensor '{name}'")
+                check(stored.shape, wanted.get(name), f"{stored.file}: tensor {shown(name)}")
         _complete(missing - source.stored.keys(), str(source.files[-1]))
     state: dict[str, Tensor] = {}
     ready: dict[str, Tensor] = {}
@@ -88,7 +88,7 @@ def fill(
     for file, name, tensor in source:
         if unused(name):
             continue
-        check(tensor.shape, wanted.get(name), f"{file}: tensor '{name}'")
+        check(tensor.shape, wanted.get(name), f"{file}: tensor {shown(name)}")
         missing.remove(name)
         part = table[name]
         if part.name not in state:

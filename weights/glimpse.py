@@ -7,8 +7,6 @@ glimpse.safetensors with the same tensors under their dotted names.
 
 import io
 import json
-import pickle
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, GlimpseConfig, check_archive, read_glimpse_config
+from nanoglimpse.config import Config, GlimpseConfig, load_archive, read_glimpse_config, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.kernels.interface import Ops
@@ -44,21 +42,8 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _flatten(file: Path) -> dict[str, Tensor]:
-    try:
-        check_archive(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the pickle protocol; the content is checked below
-            # Mapped: values are read where they are used, after the comparison of their shapes.
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise NanoglimpseError(
-            f"{file} contains more than tensors; it is not loaded, because it could run code"
-        ) from None
-    except NanoglimpseError:
-        raise
-    except Exception as error:  # a hostile pickle fails with an exception of any type
-        reason = str(error).partition("\n")[0]
-        raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
+    # Values are read where they are used, after the comparison of their shapes.
+    content = load_archive(file)
     if not isinstance(content, dict) or set(content) != set(_SECTIONS):
         raise NanoglimpseError(f"{file}: expected a dict of {', '.join(_SECTIONS)}")
     tensors: dict[str, Tensor] = {}
@@ -67,9 +52,9 @@ def _flatten(file: Path) -> dict[str, Tensor]:
         tensors |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise NanoglimpseError(f"{file}: '{name}' is not a tensor")
+            raise NanoglimpseError(f"{file}: {shown(name)} is not a tensor")
         if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.is_floating_point():
-            raise NanoglimpseError(f"{file}: '{name}' is larger than what is stored, or no floats")
+            raise NanoglimpseError(f"{file}: {shown(name)} is larger than stored, or no floats")
     return tensors
 
 

@@ -1,6 +1,5 @@
 """Builds the networks of a checkpoint from its tensors."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanoglimpse.config import INDEX, SINGLE, Config, PixelConfig, Stored, shards
+from nanoglimpse.config import Config, PixelConfig, Stored, shards
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.vision import VisionEncoder
@@ -37,9 +36,6 @@ def open_checkpoint(
     Raises:
         NanoglimpseError: a file is missing, corrupt, or outside the folder.
     """
-    if (folder / SINGLE).exists() and (folder / INDEX).exists():
-        told = f"{folder} holds {SINGLE} and {INDEX}; the former is read"
-        warnings.warn(f"{told}, remove what is out of date", stacklevel=3)
     checkpoint = Checkpoint(shards(folder), progress)
     stored, replaced = checkpoint.stored, adapter.replaced if adapter else {}
     if config.tie_word_embeddings:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nanoglimpse.config import AdapterConfig, Layer, Stored, headers, read_adapter_config
+from nanoglimpse.config import AdapterConfig, Layer, Stored, headers, read_adapter_config, shown
 from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.weights.checkpoint import flat
 from nanoglimpse.weights.mapping import Part, canonical
@@ -86,7 +86,7 @@ def _canonical(name: str) -> str:
 def _change(config: AdapterConfig, name: str, found: Layer) -> Change:
     later = re.sub("^model", "model.language_model", re.sub("^visual", "model.visual", name))
     rank, scale = config.rank_and_scale([found.name, name, later])
-    what, tensors = f"{found.file}: '{name}'", found.tensors
+    what, tensors = f"{found.file}: {shown(name)}", found.tensors
     for kind, axis in (("A", 0), ("B", 1)):
         shape = tensors[kind].shape
         if len(shape) < 2 or shape[axis] != rank:

@@ -1,7 +1,7 @@
 """The JSON files of a checkpoint, each read against a table of its keys."""
 
 from nanoglimpse.config.adapter import AdapterConfig, Layer, read_adapter_config
-from nanoglimpse.config.archive import check_archive
+from nanoglimpse.config.archive import load_archive
 from nanoglimpse.config.generation import GREEDY, UNSET, Generation, Sampling, read_generation
 from nanoglimpse.config.model import (
     ANCHORS,
@@ -17,13 +17,12 @@ from nanoglimpse.config.model import (
 from nanoglimpse.config.pixels import PixelConfig, read_pixel_config
 from nanoglimpse.config.schema import read_json, shown
 from nanoglimpse.config.session import read_session_header
-from nanoglimpse.config.tensors import INDEX, SINGLE, Stored, headers, shards
+from nanoglimpse.config.tensors import Stored, headers, shards
+from nanoglimpse.config.tokens import read_tokenizer
 
 __all__ = [
     "ANCHORS",
     "GREEDY",
-    "INDEX",
-    "SINGLE",
     "UNSET",
     "AdapterConfig",
     "Config",
@@ -35,9 +34,9 @@ __all__ = [
     "Stored",
     "TextConfig",
     "VisionConfig",
-    "check_archive",
     "check_glimpse",
     "headers",
+    "load_archive",
     "parse_config",
     "read_adapter_config",
     "read_config",
@@ -46,6 +45,7 @@ __all__ = [
     "read_json",
     "read_pixel_config",
     "read_session_header",
+    "read_tokenizer",
     "shards",
     "shown",
 ]

@@ -2,9 +2,14 @@
 
 import pickle
 import pickletools
+import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from nanoglimpse.config.schema import shown
 from nanoglimpse.errors import NanoglimpseError
 
 # What the pickle of a .pt file may name, storages apart, and its greatest size.
@@ -16,7 +21,29 @@ _NAMES = {
 _PICKLE_BYTES = 2**22
 
 
-def check_archive(file: Path) -> None:
+def load_archive(file: Path) -> Any:
+    """The content of a .pt file, with the values of its tensors mapped and not yet read.
+
+    Raises:
+        NanoglimpseError: the file is corrupt, or contains more than tensors.
+    """
+    try:
+        _check(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the pickle protocol
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise NanoglimpseError(
+            f"{file} contains more than tensors; it is not loaded, because it could run code"
+        ) from None
+    except NanoglimpseError:
+        raise
+    except Exception as error:  # a hostile pickle fails with an exception of any type
+        reason = shown(str(error))
+        raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
+
+
+def _check(file: Path) -> None:
     """Refuses what `torch.load` would inflate or call, before it does.
 
     Raises:

@@ -17,7 +17,7 @@ from nanoglimpse.jsontext import parse_json
 MAX_BYTES = 64 * 2**20
 REQUIRED: Any = object()
 _REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 160
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The safetensors files of a checkpoint, and what their headers say of each tensor."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,6 +25,9 @@ def shards(folder: Path) -> list[Path]:
         NanoglimpseError: there are none, or one is missing or outside the folder.
     """
     single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.exists():
+        told = f"{folder} holds {SINGLE} and {INDEX}; the former is read"
+        warnings.warn(f"{told}, remove what is out of date", stacklevel=4)
     files = [single] if single.is_file() or not index.exists() else _indexed(index)
     for file in files:
         if not file.is_file():
@@ -96,5 +100,6 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, "pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
+        raise NanoglimpseError(
+            f"{file} is corrupt or cannot be read: {shown(str(error))}"
+        ) from None

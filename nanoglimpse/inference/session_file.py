@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from nanoglimpse.config import read_session_header
+from nanoglimpse.config import read_session_header, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.inference.prefix import HEADROOM, Prefix, SharedLayers
@@ -151,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _broken(path: Path, error: Exception) -> NanoglimpseError:
-    reason = str(error).partition("\n")[0]
+    reason = shown(str(error))
     return NanoglimpseError(
         f"{path} is not a session or is corrupt ({reason}); create the session again"
     )

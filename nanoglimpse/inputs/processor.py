@@ -14,7 +14,7 @@ from typing import TypeVar
 from PIL import Image
 from tokenizers import Tokenizer
 
-from nanoglimpse.config import Config, read_json, read_pixel_config
+from nanoglimpse.config import Config, read_pixel_config, read_tokenizer, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inputs.images import joined, preprocess_image
 from nanoglimpse.inputs.prompt import Prompt
@@ -193,15 +193,11 @@ def _tokenizer(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
     """The tokenizer and the ids of its control tokens, which encoding text never gives."""
     if not path.exists():
         return None, frozenset()
-    data = read_json(path)
-    added = data.get("added_tokens", [])
-    control = frozenset(token["id"] for token in added if token["special"])
     # With `encode_special_tokens`, special tokens are not recognised in the text of a user.
-    for token in added:
-        token["special"] = True
+    data, control = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise NanoglimpseError(f"{path} is not a valid tokenizer: {error}") from None
+        raise NanoglimpseError(f"{path} is not a valid tokenizer: {shown(str(error))}") from None
     tokenizer.encode_special_tokens = True
     return tokenizer, control

@@ -214,7 +214,7 @@ def old_layout(file):
 
 ARCHIVES = {
     compressed: "compressed records",
-    expanded: "larger than what is stored",
+    expanded: "larger than stored",
     empty: "corrupt",
     calls: "more than tensors",
     whole_numbers: "no floats",
