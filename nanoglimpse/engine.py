@@ -190,7 +190,7 @@ class Engine(ModelHolder):
         Raises:
             UsageError, NanoglimpseError: from these.
         """
-        prompt, prefill, decode, fields = split(options)
+        prompt, prefill, decode, fields = split(options, self.model)
         return Stream(
             self.model,
             self.processor,
@@ -232,7 +232,7 @@ class Engine(ModelHolder):
         Raises:
             UsageError: an option makes no sense, whatever the question.
         """
-        prompt, prefill, decode, fields = split(options)
+        prompt, prefill, decode, fields = split(options, self.model)
         # The pool has the rows for answers, so a prefill needs room for one token only.
         prefill |= {"pruning": resolve(self.model, pruning, fields), "max_new_tokens": 1}
         steps = partial(self.prompt, **prompt), partial(self.prefill_many, **prefill), self.graphs

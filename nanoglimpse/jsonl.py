@@ -8,6 +8,7 @@ from typing import Any
 
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
+from nanoglimpse.jsontext import parse_json
 
 
 def read_rows(path: Path) -> list[tuple[int, Any]]:
@@ -26,7 +27,7 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                rows.append((number, json.loads(line)))
+                rows.append((number, parse_json(line)))
         except ValueError:
             raise UsageError(f"{path}, line {number}, is not JSON") from None
     return rows
@@ -109,6 +110,6 @@ class Journal:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanoglimpse.config import read_config, read_eos
+from nanoglimpse.config import read_config, read_generation
 from nanoglimpse.engine import Engine
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.kernels.backends import select
@@ -10,10 +10,10 @@ from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.quantize import check_supported
 from nanoglimpse.model.device import find_device, find_dtype
 from nanoglimpse.model.model import Model
-from nanoglimpse.weights.checkpoint import Progress, shards, stream
+from nanoglimpse.weights.checkpoint import Progress
 from nanoglimpse.weights.glimpse import load_glimpse
 from nanoglimpse.weights.hub import ADAPTER_FILES, GLIMPSE_FILES, MODEL_FILES, locate
-from nanoglimpse.weights.load import build
+from nanoglimpse.weights.load import build, open_checkpoint
 from nanoglimpse.weights.lora import read_adapter
 
 
@@ -53,13 +53,15 @@ def load(
     ops, kind = select(backend, place), find_dtype(dtype, place, config)
     if quantize is not None:
         check_supported(quantize, place, ops)
-    eos, own = read_eos(folder / "generation_config.json", config), folder / "glimpse"
+    generation, own = read_generation(folder / "generation_config.json", config), folder / "glimpse"
+    # The layout of a conversation is ours, so that its end token always ends an answer.
+    eos = generation.eos | processor.end_ids
     source = locate(glimpse, GLIMPSE_FILES) if glimpse else own if own.is_dir() else None
     extra = load_glimpse(source, config, ops, kind, place) if source else None
     lora = read_adapter(locate(adapter, ADAPTER_FILES)) if adapter else None
-    tensors = stream(shards(folder), progress)
+    config, tensors = open_checkpoint(folder, config, kind, lora, progress)
     parts = build(config, ops, tensors, kind, place, processor.pixels, lora, quantize)
     for part in parts:
         part.pack(ops)
-    loaded = Model(str(model), config, *parts, extra, eos, ops, quantize)
+    loaded = Model(str(model), config, *parts, extra, eos, ops, quantize, generation.sampling)
     return Engine(loaded, processor)

@@ -113,8 +113,14 @@ REFUSED = {
         "yarn",
     ),
     "no rope": (config_dict(rope_scaling=None), "mrope_section"),
-    "text for a number": (config_dict(hidden_size="48"), "hidden_size must be int, got '48'"),
-    "truth for a number": (config_dict(vocab_size=True), "vocab_size must be int, got True"),
+    "text for a number": (
+        config_dict(hidden_size="48"),
+        "hidden_size must be a whole number from 1 to 65536, got '48'",
+    ),
+    "truth for a number": (
+        config_dict(vocab_size=True),
+        "vocab_size must be a whole number .*, got True",
+    ),
     "heads": (config_dict(num_attention_heads=5), "do not divide"),
     "sections": (config_dict(rope_scaling={"type": "mrope", "mrope_section": [1, 1, 1]}), "add up"),
     "widths": (vision_change(out_hidden_size=64), "out_hidden_size"),

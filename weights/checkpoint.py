@@ -1,74 +1,56 @@
 """Streams weights from safetensors into the parameters of a model.
 
-A model is built on the meta device. A parameter is allocated on its device when its first tensor is
-read, and tensors are cast and copied into it one at a time: no weight is in memory twice.
+A model is built on the meta device, and compared with the headers of the files. Only then is a
+parameter allocated on its device, when its first tensor is read, and tensors are cast and copied
+into it one at a time: no weight is in memory twice.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nanoglimpse.config import read_json
+from nanoglimpse.config import Stored, headers, shown
 from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.weights.mapping import Part, canonical
 
 Progress = Callable[[int, int], None]
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
-def shards(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint: one file, or those of its index.
-
-    Raises:
-        NanoglimpseError: there are none, or one is missing.
-    """
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise NanoglimpseError(f"{folder / INDEX}: key 'weight_map' is missing or empty")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / SINGLE]
-    for file in files:
-        if not file.is_file():
-            raise NanoglimpseError(f"{file} is missing; a checkpoint needs {SINGLE} or {INDEX}")
-    return files
-
-
-def stream(
-    files: list[Path], progress: Progress = lambda done, total: None
-) -> Iterator[tuple[str, str, Tensor]]:
-    """All tensors of safetensors files as (file, name, tensor), in the order of the files.
-
-    A file is opened again for each tensor: the pages of a mapping that have been read count as
-    memory of the process until it is closed, which would add whole files to the peak.
+class Checkpoint:
+    """Tensors of safetensors files; iterating reads them, as (file, name, tensor).
 
     Args:
         files: safetensors files.
         progress: called with the bytes read so far, and their total.
 
+    Attributes:
+        files: the files.
+        stored: the tensors by their canonical names, in the order of the files.
+
     Raises:
-        NanoglimpseError: a file is corrupt or cannot be read.
+        NanoglimpseError: a file is corrupt or cannot be read, holds something else than floating
+            point numbers, or a tensor that another has.
     """
-    done, total = 0, sum(file.stat().st_size for file in files)
-    for file in files:
-        try:
-            with safe_open(file, "pt") as handle:
-                names = list(handle.offset_keys())
-            for name in names:
-                with safe_open(file, "pt") as handle:
-                    tensor = handle.get_tensor(name)
-                yield str(file), name, tensor
-                done += tensor.nbytes
-                progress(done, total)
-        except (SafetensorError, OSError) as error:
-            raise NanoglimpseError(f"{file} is corrupt or cannot be read: {error}") from None
-    progress(total, total)
+
+    def __init__(self, files: list[Path], progress: Progress = lambda done, total: None):
+        self.files, self.progress = files, progress
+        self.stored: dict[str, Stored] = {}
+        for found in headers(files):
+            if self.stored.setdefault(canonical(found.name), found) is not found:
+                raise NanoglimpseError(f"{found.file}: tensor {shown(found.name)} is there twice")
+
+    def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
+        done, total = 0, sum(f.stat().st_size for f in {s.file for s in self.stored.values()})
+        for name, stored in self.stored.items():
+            tensor = stored.read()
+            yield str(stored.file), name, tensor
+            done += tensor.nbytes
+            self.progress(min(done, total), total)
+        self.progress(total, total)
 
 
 def fill(
@@ -84,7 +66,7 @@ def fill(
 
     Args:
         module: gets its parameters in `dtype` on `device`.
-        source: (file, name, tensor).
+        source: (file, canonical name, tensor); all of a `Checkpoint` is compared before it is read.
         table: rows of a parameter by the canonical name of the tensor that fills them.
         unused: whether the model ignores a tensor by design.
         whole: called with each parameter when it is complete; returns what `module` gets for it.
@@ -93,40 +75,55 @@ def fill(
         NanoglimpseError: a tensor is missing, unknown, or does not have the shape of its parameter.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    missing, file = dict(table), ""
+    wanted = {n: (part.stop - part.start, *shapes[part.name][1:]) for n, part in table.items()}
+    missing, file = set(table), ""
+    if isinstance(source, Checkpoint):
+        for name, stored in source.stored.items():
+            if not unused(name):
+                check(stored.shape, wanted.get(name), f"{stored.file}: tensor {shown(name)}")
+        _complete(missing - source.stored.keys(), str(source.files[-1]))
     state: dict[str, Tensor] = {}
     ready: dict[str, Tensor] = {}
     left = Counter(part.name for part in table.values())
-    for file, raw_name, tensor in source:
-        name = canonical(raw_name)
+    for file, name, tensor in source:
         if unused(name):
             continue
-        if name not in missing:
-            raise NanoglimpseError(f"{file}: tensor '{raw_name}' has no place in this model")
-        part = missing.pop(name)
+        check(tensor.shape, wanted.get(name), f"{file}: tensor {shown(name)}")
+        missing.remove(name)
+        part = table[name]
         if part.name not in state:
             state[part.name] = torch.empty(shapes[part.name], dtype=dtype, device=device)
-        put(state[part.name][part.start : part.stop], tensor, f"{file}: tensor '{raw_name}'")
+        state[part.name][part.start : part.stop].copy_(flat(tensor))
         left[part.name] -= 1
         if not left[part.name]:
             ready |= whole(part.name, state.pop(part.name))
-    if missing:
-        raise NanoglimpseError(
-            f"{file}: {len(missing)} tensors are missing, the first is '{min(missing)}'"
-        )
+    _complete(missing, file)
     module.requires_grad_(False)
     module.load_state_dict(ready, strict=True, assign=True)
 
 
-def put(target: Tensor, tensor: Tensor, what: str) -> None:
-    """Copies `tensor` into `target`, a view of a parameter; a convolution kernel is flattened.
+def _complete(missing: Iterable[str], file: str) -> None:
+    if names := sorted(missing):
+        raise NanoglimpseError(
+            f"{file}: {len(names)} tensors are missing, the first is '{names[0]}'"
+        )
+
+
+def check(shape: Sequence[int], wanted: Sequence[int] | None, what: str) -> None:
+    """Compares the shape of a tensor, whose axes but the first count as one, with what is needed.
 
     Raises:
-        NanoglimpseError: the shapes differ.
+        NanoglimpseError: the shapes differ, or `wanted` is None and nothing is.
     """
-    flat = tensor.flatten(1) if tensor.ndim > 2 else tensor
-    if flat.shape != target.shape:
+    if wanted is None:
+        raise NanoglimpseError(f"{what} has no place in this model")
+    found = (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
+    if tuple(found) != tuple(wanted):
         raise NanoglimpseError(
-            f"{what} has shape {list(tensor.shape)}, but the model needs {list(target.shape)}"
+            f"{what} has shape {list(shape)}, but the model needs {list(wanted)}"
         )
-    target.copy_(flat)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A convolution kernel as a matrix; others as they are."""
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor

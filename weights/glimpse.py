@@ -7,8 +7,6 @@ glimpse.safetensors with the same tensors under their dotted names.
 
 import io
 import json
-import pickle
-import warnings
 from pathlib import Path
 
 import torch
@@ -16,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, GlimpseConfig, read_glimpse_config
+from nanoglimpse.config import Config, GlimpseConfig, load_archive, read_glimpse_config, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.model.glimpse import Glimpse
-from nanoglimpse.weights.checkpoint import fill, put, stream
+from nanoglimpse.weights.checkpoint import Checkpoint, check, fill, flat
 from nanoglimpse.weights.mapping import parts
 
 PUBLISHED, OWN = "new_modules_gp.pt", "glimpse.safetensors"
@@ -37,34 +35,27 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """
     own, published = folder / OWN, folder / PUBLISHED
     if own.is_file():
-        return own, {name: tensor.clone() for _, name, tensor in stream([own])}
+        return own, {name: tensor.clone() for _, name, tensor in Checkpoint([own])}
     if published.is_file():
         return published, _flatten(published)
     raise NanoglimpseError(f"{folder} contains no glimpse weights, {OWN} or {PUBLISHED}")
 
 
 def _flatten(file: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the pickle protocol; the content is checked below
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise NanoglimpseError(
-            f"{file} contains more than tensors; it is not loaded, because it could run code"
-        ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise NanoglimpseError(f"{file} is corrupt or cannot be read: {reason}") from None
-    if not isinstance(content, dict) or sorted(content) != sorted(_SECTIONS):
+    # Values are read where they are used, after the comparison of their shapes.
+    content = load_archive(file)
+    if not isinstance(content, dict) or set(content) != set(_SECTIONS):
         raise NanoglimpseError(f"{file}: expected a dict of {', '.join(_SECTIONS)}")
-    flat: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for section, value in content.items():
         entries = value.items() if isinstance(value, dict) else [("", value)]
-        flat |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}
-    strange = [name for name, tensor in flat.items() if not isinstance(tensor, Tensor)]
-    if strange:
-        raise NanoglimpseError(f"{file}: '{strange[0]}' is not a tensor")
-    return flat
+        tensors |= {f"{section}.{name}".rstrip("."): tensor for name, tensor in entries}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise NanoglimpseError(f"{file}: {shown(name)} is not a tensor")
+        if tensor.nbytes > tensor.untyped_storage().nbytes() or not tensor.is_floating_point():
+            raise NanoglimpseError(f"{file}: {shown(name)} is larger than stored, or no floats")
+    return tensors
 
 
 def load_glimpse(
@@ -119,8 +110,9 @@ def _vectors(file: Path, tensors: dict[str, Tensor], base: Config, config: Glimp
     for name, shape in zip(_VECTORS, shapes, strict=True):
         if name not in tensors:
             raise NanoglimpseError(f"{file}: tensor '{name}' is missing")
-        read.append(torch.empty(shape))
-        put(read[-1], tensors.pop(name), f"{file}: tensor '{name}'")
+        tensor = tensors.pop(name)
+        check(tensor.shape, shape, f"{file}: tensor '{name}'")
+        read.append(flat(tensor).float())
     embeddings, weight, bias, scale = read
     vectors = torch.zeros(text.num_hidden_layers, size)
     vectors[list(config.le_layers)] = F.rms_norm(

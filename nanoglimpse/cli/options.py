@@ -2,17 +2,20 @@
 
 import argparse
 import time
+import warnings
 from dataclasses import fields
 from typing import Any
 
 from nanoglimpse.cli.console import Parser, Progress, adder, note
+from nanoglimpse.config import GREEDY, Sampling
 from nanoglimpse.engine import Engine
-from nanoglimpse.inference.sampling import Sampling
+from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.backends import BACKENDS
 from nanoglimpse.kernels.quantize import MODES
 from nanoglimpse.loader import load
 from nanoglimpse.methods.options import KV_DROPS, Pruning
 
+CHECKPOINT = "as generation_config.json says, or "
 # By group and flag: the arguments of `console.add_option` after the flag.
 SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
     "model": {
@@ -48,10 +51,19 @@ SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
     },
     "answer": {
         "--max-new-tokens": (128, "maximum number of tokens in an answer"),
-        "--temperature": (Sampling.temperature, "sampling temperature; 0 is greedy"),
-        "--top-p": (Sampling.top_p, "sample from the smallest set of tokens with this probability"),
-        "--top-k": (Sampling.top_k, "sample from the k most likely tokens; 0 for all"),
-        "--repetition-penalty": (1.0, "divide the logits of tokens seen before by this"),
+        "--temperature": (float, "sampling temperature; 0 is greedy", f"{CHECKPOINT}0"),
+        "--top-p": (
+            float,
+            "sample from the smallest set of tokens with this probability",
+            f"{CHECKPOINT}1",
+        ),
+        "--top-k": (int, "sample from the k most likely tokens; 0 for all", f"{CHECKPOINT}0"),
+        "--repetition-penalty": (
+            float,
+            "divide the logits of tokens seen before by this",
+            f"{CHECKPOINT}1",
+        ),
+        "--greedy": (False, "take the most likely token, whatever generation_config.json says"),
         "--seed": (int, "seed that makes sampling repeatable"),
     },
 }
@@ -85,9 +97,12 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling that the options ask for.
 
     Raises:
-        UsageError: a value is outside its range.
+        UsageError: a value is outside its range, or contradicts `--greedy`.
     """
-    return Sampling(**_fields(Sampling, args))
+    sampling = Sampling(**_fields(Sampling, args))
+    if args.greedy and sampling.temperature:
+        raise UsageError("--greedy cannot be combined with a --temperature above 0")
+    return sampling.over(GREEDY) if args.greedy else sampling
 
 
 def _fields(options: type, args: argparse.Namespace) -> dict[str, Any]:
@@ -121,8 +136,10 @@ def load_engine(args: argparse.Namespace, *, check: bool = True, **changes: Any)
     started = time.perf_counter()
     names = ("glimpse", "adapter", "device", "dtype", "backend", "quantize")
     options = {name: getattr(args, name) for name in names if name in args} | changes
-    engine = load(args.model, **options, progress=Progress("weights", args.quiet, bytes=True))
     tell = note(args)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: tell(f"warning     {message}")
+        engine = load(args.model, **options, progress=Progress("weights", args.quiet, bytes=True))
     tell(f"model       {describe(engine)}, loaded in {time.perf_counter() - started:.1f} s")
     for op in engine.warm_up() if check and engine.device.type == "cuda" else ():
         if op.fault:

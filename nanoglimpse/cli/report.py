@@ -28,6 +28,14 @@ def report(answer: Answer) -> list[str]:
         f"decode      {len(answer.token_ids)} tokens, {s.decode:.2f} ms a token, "
         f"ended by {answer.finish_reason}",
     ]
+    effective = ["repetition_penalty"] if s.sampling.repetition_penalty != 1 else []
+    if s.sampling.temperature:
+        effective = ["temperature", "top_p", "top_k", *effective]
+    if effective:
+        told = [f"{name} {getattr(s.sampling, name):g}" for name in effective]
+        own = [name for name in effective if name in s.sampling_defaults]
+        source = f" (generation_config.json: {', '.join(own)})" if own else ""
+        lines.append(f"sampling    {', '.join(told)}{source}")
     if s.peak_bytes:
         lines.append(f"peak memory {in_bytes(s.peak_bytes)}")
     return lines

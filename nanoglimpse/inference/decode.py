@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanoglimpse.inference.cuda_graph import DecodeGraphPool
 from nanoglimpse.inference.outputs import Prefill
-from nanoglimpse.inference.sampling import Sampler, Sampling
+from nanoglimpse.inference.sampling import Sampler, Sampling, check_finite
 from nanoglimpse.kernels.reference.rope import Rope
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
@@ -44,6 +44,7 @@ def decode_many(
         nonlocal running
         for chosen in torch.stack(queued).tolist():
             pairs = list(zip(chosen, running, strict=True))
+            check_finite((token for token, runs in pairs if runs), model.dtype)
             yield [token if runs else None for token, runs in pairs]
             ends = () if ignore_eos else model.eos_token_id
             running = [runs and token not in ends for token, runs in pairs]
@@ -58,7 +59,7 @@ def decode_many(
     queued: list[Tensor] = []
     with decode_steps(model, graphs, cache, max_new_tokens) as step:
         for count in range(2, max_new_tokens + 1):
-            tokens = sampler(step(tokens))
+            tokens = sampler(step(tokens.clamp(min=0)))
             queued.append(tokens)
             if len(queued) > ahead or count == max_new_tokens:
                 yield from shown(queued)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoglimpse.config import GREEDY, Sampling
 from nanoglimpse.inputs.prompt import PackedBatch
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.layered import LayeredKVCache
@@ -183,6 +184,8 @@ class Stats:
         timings: milliseconds of each stage up to the first token, in order.
         first_token: milliseconds up to the first token.
         decode: milliseconds per token, mean over the tokens after the first.
+        sampling: how tokens were chosen.
+        sampling_defaults: the fields of it that generation_config.json has set.
         peak_bytes: peak memory so far, of the device on a GPU and of the process elsewhere.
     """
 
@@ -197,6 +200,8 @@ class Stats:
     first_token: float = 0.0
     decode: float = 0.0
     peak_bytes: int = 0
+    sampling: Sampling = GREEDY
+    sampling_defaults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,11 +227,25 @@ class Answer:
     stats: Stats
 
     def finished(
-        self, text: str, token_ids: list[int], reason: str, first_token: float, decode: float
+        self,
+        text: str,
+        token_ids: list[int],
+        reason: str,
+        *,
+        first_token: float,
+        decode: float,
+        sampling: Sampling,
+        checkpoint: Sampling,
     ) -> "Answer":
         """This answer with its tokens, and with the costs that are known at its end."""
-        peak = peak_bytes(self.kept.device)
-        stats = replace(self.stats, first_token=first_token, decode=decode, peak_bytes=peak)
+        stats = replace(
+            self.stats,
+            first_token=first_token,
+            decode=decode,
+            peak_bytes=peak_bytes(self.kept.device),
+            sampling=sampling,
+            sampling_defaults=sampling.shared(checkpoint),
+        )
         return replace(self, text=text, token_ids=token_ids, finish_reason=reason, stats=stats)
 
 

@@ -1,41 +1,28 @@
 """Choosing the next token from logits."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from nanoglimpse.errors import UsageError
+from nanoglimpse.config import Sampling
+from nanoglimpse.errors import NanoglimpseError
+
+# In place of a token where the logits are not finite. The host learns of it when it reads tokens.
+NOT_FINITE = -1
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; greedy by default.
+def check_finite(tokens: Iterable[int], dtype: torch.dtype) -> None:
+    """Looks for `NOT_FINITE` among tokens.
 
-    Attributes:
-        temperature: sampling temperature; 0 always takes the most likely token.
-        top_p: sample from the smallest set of tokens with this probability.
-        top_k: sample from the k most likely tokens; 0 for all.
-        repetition_penalty: divides the logits of tokens seen before, or multiplies negative ones.
-        seed: makes sampling repeatable, with the same result in a batch as alone.
+    Raises:
+        NanoglimpseError: it is there.
     """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise UsageError(f"temperature must be in [0, ∞), got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise UsageError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UsageError(f"repetition_penalty must be in (0, ∞), got {self.repetition_penalty}")
+    if NOT_FINITE in tokens:
+        remedy = "check the files of the checkpoint and of the adapter"
+        if dtype == torch.float16:
+            remedy = "activations do not fit into float16; load the model with --dtype bfloat16"
+        raise NanoglimpseError(f"the logits are not finite, so the answer ends here: {remedy}")
 
 
 class Sampler:
@@ -44,27 +31,28 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Tensor], vocab: int, device: torch.device
     ):
-        self.sampling = sampling
+        self.temperature, self.top_p, self.top_k, self.penalty = sampling.values()
         self.generators = [torch.Generator(device) for _ in prompts]
         for generator in self.generators:
             generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
         self.seen: Tensor | None = None
-        if sampling.repetition_penalty != 1:
+        if self.penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
             for seen, token_ids in zip(self.seen, prompts, strict=True):
                 seen.index_fill_(0, token_ids, True)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Next tokens int64 [B] from logits [B, vocab]."""
+        """Next tokens int64 [B] from logits [B, vocab]; `NOT_FINITE` where one is not finite."""
+        # A sum is not finite if a term is not, and 0 times it not 0: two launches, and no wait.
+        finite = logits.sum(-1, dtype=torch.float32).mul(0).eq(0)
         if self.seen is not None:
             logits = logits.float()
-            penalty = self.sampling.repetition_penalty
-            penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+            penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
             logits = torch.where(self.seen, penalised, logits)
-        tokens = logits.argmax(-1) if not self.sampling.temperature else self._draw(logits)
+        tokens = logits.argmax(-1) if not self.temperature else self._draw(logits)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return torch.where(finite, tokens, NOT_FINITE)
 
     def keep(self, stay: Sequence[int], places: Tensor) -> None:
         """Keeps only the sequences `stay`; `places` are these numbers on the device."""
@@ -79,13 +67,13 @@ class Sampler:
             self.seen = torch.cat((self.seen, other.seen))
 
     def _draw(self, logits: Tensor) -> Tensor:
-        ranked, order = (logits.float() / self.sampling.temperature).sort(-1, descending=True)
-        if self.sampling.top_k:
-            ranked[:, self.sampling.top_k :] = -torch.inf
+        ranked, order = (logits.float() / self.temperature).sort(-1, descending=True)
+        if self.top_k:
+            ranked[:, self.top_k :] = -torch.inf
         probabilities = ranked.softmax(-1)
         # A token stays if those before it do not reach top_p, so that the first always stays.
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= self.sampling.top_p, 0)
+        probabilities = probabilities.masked_fill(before >= self.top_p, 0)
         # As torch.multinomial samples, but without its check of the input, which synchronises: the
         # first arrival among exponential variables with these rates.
         arrivals = torch.stack(

@@ -19,7 +19,7 @@ from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inference.cuda_graph import DecodeGraph, DecodeGraphPool
 from nanoglimpse.inference.decode import decode_rope
 from nanoglimpse.inference.outputs import Answer, Prefill
-from nanoglimpse.inference.sampling import Sampler, Sampling
+from nanoglimpse.inference.sampling import NOT_FINITE, Sampler, Sampling, check_finite
 from nanoglimpse.inference.stream import AskOptions
 from nanoglimpse.inputs.processor import Processor
 from nanoglimpse.inputs.prompt import Prompt
@@ -229,7 +229,7 @@ class Scheduler:
         return True
 
     @torch.inference_mode()
-    def _step(self) -> list[tuple[int, Answer]]:
+    def _step(self) -> list[tuple[int, AnswerOrError]]:
         """Generates one token for each running answer; returns the answers that end."""
         tokens, running = self.sampler(self.logits), self.running
         for reply, token in zip(running, tokens.tolist(), strict=True):
@@ -243,7 +243,11 @@ class Scheduler:
         ended = [pair for pair in zip(running, reasons, strict=True) if pair[1]]
         return [(reply.index, self._finished(reply, str(reason))) for reply, reason in ended]
 
-    def _finished(self, reply: Reply, reason: str) -> Answer:
+    def _finished(self, reply: Reply, reason: str) -> AnswerOrError:
+        try:
+            check_finite(reply.token_ids[-1:], self.model.dtype)
+        except NanoglimpseError as error:
+            return error
         first, last, later = reply.moments[0], reply.moments[-1], len(reply.token_ids) - 1
         return reply.answer.finished(
             self.processor.decode(reply.token_ids),
@@ -251,10 +255,14 @@ class Scheduler:
             reason,
             first_token=1000 * (first - reply.begun),
             decode=1000 * (last - first) / later if later else 0.0,
+            sampling=self.sampling,
+            checkpoint=self.model.sampling,
         )
 
     def _reason(self, reply: Reply) -> str | None:
         full = len(reply.token_ids) == self.headroom
+        if reply.token_ids[-1] == NOT_FINITE:
+            return "not finite"
         if reply.token_ids[-1] in self.model.eos_token_id and (full or not self.ignore_eos):
             return "eos"
         return "length" if full else None

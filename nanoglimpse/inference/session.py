@@ -172,7 +172,7 @@ class Session:
             options: keywords of `prefill` and `Engine.decode`.
         """
         history = self.turns if follow_up else []
-        prompt, prefill, decode, others = split(cast(AskOptions, options))
+        prompt, prefill, decode, others = split(cast(AskOptions, options), self.model)
         prefill.update(others)  # which `prefill` refuses, as a session has its own pruning
         stream = Stream(
             self.model,

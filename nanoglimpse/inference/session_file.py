@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from nanoglimpse.config import read_session_header, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.inference.prefix import HEADROOM, Prefix, SharedLayers
@@ -21,9 +22,9 @@ from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.base import PruningMethod
 from nanoglimpse.methods.context import SelectionRule
-from nanoglimpse.methods.options import ResolvedPruning
+from nanoglimpse.methods.options import KV_DROPS, ResolvedPruning
 from nanoglimpse.model.model import Model
-from nanoglimpse.model.rope import visual_mask
+from nanoglimpse.model.rope import visual_mask, visual_tokens
 from nanoglimpse.model.vision import BlockStats, VisionOutput
 from nanoglimpse.weights.fingerprint import fingerprint
 
@@ -118,20 +119,15 @@ def load_session(model: Model, path: Path) -> SessionData:
     """
     metadata, tensors = _read(path)
     _check_model(model, path, metadata)
+    settings = read_session_header(metadata.get("told", ""), str(path), KV_DROPS)
+    rule, drop = SelectionRule(**settings["rule"]), (settings["kv_drop"], settings["prune_videos"])
+    pruning = ResolvedPruning.of(model, _method(settings["method"]), rule, *drop)
     try:
-        settings = json.loads(metadata["told"])
-        rule = SelectionRule(**settings["rule"] | {"anchors": tuple(settings["rule"]["anchors"])})
-        drop = (settings["kv_drop"], bool(settings["prune_videos"]))
-        pruning = ResolvedPruning.of(model, _method(settings["method"]), rule, *drop)
-        grids = tuple((int(t), int(h), int(w)) for t, h, w in settings["grids"])
-        options = {name: settings[name] for name in OPTIONS}
-        turns = tuple((str(asked), str(answer)) for asked, answer in settings["turns"])
-        state = _restore(model, pruning, grids, tensors)
-    except UsageError:
-        raise  # a ValueError
+        state = _restore(model, pruning, settings["grids"], tensors)
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
         raise _broken(path, error) from None
-    return SessionData(pruning, *state, **options, turns=turns)
+    options = {name: settings[name] for name in OPTIONS}
+    return SessionData(pruning, *state, **options, turns=settings["turns"])
 
 
 def _method(name: str) -> PruningMethod:
@@ -155,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _broken(path: Path, error: Exception) -> NanoglimpseError:
-    reason = str(error).partition("\n")[0]
+    reason = shown(str(error))
     return NanoglimpseError(
         f"{path} is not a session or is corrupt ({reason}); create the session again"
     )
@@ -180,7 +176,16 @@ def _restore(
 ) -> tuple[Prompt, VisionOutput, Prefix]:
     config = model.config
     ids, positions = tensors["token_ids"], tensors["positions"]
-    _check_ids(ids, config.text_config.vocab_size)
+    _check_dtypes(model, tensors)
+    for name, end in {"token_ids": model.text.vocab_size, "positions": 2**31}.items():
+        values = tensors[name]
+        if not values.numel() or int(values.min()) < 0 or int(values.max()) >= end:
+            raise ValueError(f"{name} must be in 0 to {end - 1}")
+    merge = config.vision_config.spatial_merge_size
+    if any(h % merge or w % merge for _, h, w in grids):
+        raise ValueError(f"sides of grids must be multiples of {merge}")
+    if sum(visual_tokens(grid, config) for grid in grids) != int(visual_mask(ids, config).sum()):
+        raise ValueError("grids do not fit the visual tokens")
     nothing = torch.empty(0, config.vision_config.patch_dim)
     prompt = Prompt(ids, positions, visual_mask(ids, config), nothing, grids)
     shared = SharedLayers.of(pruning, model.depth)
@@ -191,7 +196,9 @@ def _restore(
         stats.received[block] = tensors[f"received.{block}"]
         stats.keys[block] = tensors[f"keys.{block}"]
     vision = VisionOutput(tensors["visual"], tensors["taps"], stats)
-    kept, batch = tensors["kept"], PackedBatch.pack([prompt], config, model.device)
+    # A byte of a file may be neither 0 nor 1.
+    kept = tensors["kept"].view(torch.uint8).bool()
+    batch = PackedBatch.pack([prompt], config, model.device)
     if 0 in pruning.layers:
         batch, _ = batch.keep(kept)
     rows, k, v = len(batch.token_ids), tensors["k"], tensors["v"]
@@ -205,11 +212,13 @@ def _restore(
     return prompt, vision, prefix
 
 
-def _check_ids(ids: Tensor, vocab: int) -> None:
-    if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids):
-        raise ValueError("token_ids must be a row of int64")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab:
-        raise ValueError(f"token_ids must be in 0 to {vocab - 1}")
+def _check_dtypes(model: Model, tensors: dict[str, Tensor]) -> None:
+    known = {"token_ids": torch.int64, "positions": torch.int64, "kept": torch.bool}
+    for name, tensor in tensors.items():
+        wanted = known.get(name, model.dtype)
+        scored = name == "importance" or name.startswith("received.")
+        if tensor.dtype != wanted and not (scored and tensor.is_floating_point()):
+            raise ValueError(f"{name} is {tensor.dtype}, expected {wanted}")
 
 
 def _check_shapes(

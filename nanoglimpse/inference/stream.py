@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
+from nanoglimpse.config import GREEDY, UNSET, Sampling
 from nanoglimpse.inference.decode import lookahead
 from nanoglimpse.inference.outputs import Answer, Prefill
-from nanoglimpse.inference.sampling import Sampling
 from nanoglimpse.inputs.processor import Processor, TextStream
 from nanoglimpse.methods.options import PruningOptions
 from nanoglimpse.model.model import Model
@@ -47,15 +47,18 @@ class SplitOptions(NamedTuple):
     pruning: PruningOptions
 
 
-def split(options: AskOptions) -> SplitOptions:
-    """The options by the function that takes them, with defaults for those that are missing."""
+def split(options: AskOptions, model: Model) -> SplitOptions:
+    """The options by the function that takes them, with defaults for those that are missing.
+
+    Fields of `sampling` that are unset are those of the model's checkpoint.
+    """
     rest: dict[str, Any] = dict(options)
     limit = {"max_new_tokens": rest.pop("max_new_tokens", 128)}
+    sampling = (rest.pop("sampling", None) or UNSET).over(model.sampling).over(GREEDY)
     return SplitOptions(
         prompt=rest.pop("prompt_options", None) or {},
         prefill=limit | {k: rest.pop(k) for k in ("seed", "evidence", "trace") if k in rest},
-        decode=limit
-        | {"ignore_eos": rest.pop("ignore_eos", False), "sampling": rest.pop("sampling", None)},
+        decode=limit | {"ignore_eos": rest.pop("ignore_eos", False), "sampling": sampling},
         pruning=cast(PruningOptions, rest),
     )
 
@@ -145,4 +148,6 @@ class Stream:
             reason,
             first_token=1000 * sum(self.seconds[:3]),
             decode=1000 * sum(later) / len(later) if later else 0.0,
+            sampling=self.options["sampling"],
+            checkpoint=self.model.sampling,
         )

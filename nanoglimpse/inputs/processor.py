@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nanoglimpse.config import Config, read_json, read_pixel_config
+from nanoglimpse.config import Config, read_pixel_config, read_tokenizer, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.inputs.images import joined, preprocess_image
 from nanoglimpse.inputs.prompt import Prompt
@@ -41,8 +41,7 @@ class Processor:
 
     def __init__(self, folder: Path, config: Config, raw: bool = False):
         self.folder, self.config = folder, config
-        pixels = read_pixel_config(folder / "preprocessor_config.json", config)
-        self.pixels = replace(pixels, raw=raw)
+        self.pixels = replace(read_pixel_config(folder, config), raw=raw)
         self.tokenizer, self.control_ids = _tokenizer(folder / "tokenizer.json")
 
     def prompt(
@@ -146,6 +145,12 @@ class Processor:
             raise NanoglimpseError(f"{self.folder / 'tokenizer.json'} has no token {token}")
         return token_id
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The token that ends a turn of the conversation; none without a tokenizer."""
+        end = self.tokenizer.token_to_id("<|im_end|>") if self.tokenizer else None
+        return frozenset() if end is None else frozenset([end])
+
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -208,15 +213,11 @@ def _tokenizer(path: Path) -> tuple[Tokenizer | None, frozenset[int]]:
     """The tokenizer and the ids of its control tokens, which encoding text never gives."""
     if not path.exists():
         return None, frozenset()
-    data = read_json(path)
-    added = data.get("added_tokens", [])
-    control = frozenset(token["id"] for token in added if token["special"])
     # With `encode_special_tokens`, special tokens are not recognised in the text of a user.
-    for token in added:
-        token["special"] = True
+    data, control = read_tokenizer(path)
     try:
         tokenizer = Tokenizer.from_str(json.dumps(data))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise NanoglimpseError(f"{path} is not a valid tokenizer: {error}") from None
+        raise NanoglimpseError(f"{path} is not a valid tokenizer: {shown(str(error))}") from None
     tokenizer.encode_special_tokens = True
     return tokenizer, control

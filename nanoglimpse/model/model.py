@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, TextConfig
+from nanoglimpse.config import UNSET, Config, Sampling, TextConfig
 from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.kernels.quantize import QuantizedMatmul
@@ -31,6 +31,7 @@ class Model:
         eos_token_id: tokens that end an answer.
         ops: operations of the chosen backend.
         quantized: mode of the decoder's matrices; None if they are dense.
+        sampling: how the checkpoint says that tokens are chosen.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Model:
     eos_token_id: frozenset[int]
     ops: Ops
     quantized: str | None = None
+    sampling: Sampling = UNSET
 
     @property
     def device(self) -> torch.device:

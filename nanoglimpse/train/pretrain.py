@@ -37,9 +37,8 @@ from nanoglimpse.train.collate import IGNORED, TrainBatch, collate
 from nanoglimpse.train.curriculum import Stage
 from nanoglimpse.train.shared_prefix import OPS, KeptKeys, visual_logits
 from nanoglimpse.train.tokens import CONTROL, make_tokenizer
-from nanoglimpse.weights.checkpoint import shards, stream
 from nanoglimpse.weights.hub import EMBEDDED
-from nanoglimpse.weights.load import build
+from nanoglimpse.weights.load import build, open_checkpoint
 from nanoglimpse.weights.mapping import parts
 from nanoglimpse.world import BRIEF_SUFFIX, SPLITS, Picture, render
 
@@ -208,7 +207,8 @@ class BaseTask:
         config = read_config(init / "config.json")
         before = Processor(init, config).need_tokenizer()
         now = self.processor.need_tokenizer()
-        vision, decoder = build(config, OPS, stream(shards(init)), self.dtype, self.device)
+        config, tensors = open_checkpoint(init, config, self.dtype)
+        vision, decoder = build(config, OPS, tensors, self.dtype, self.device)
         if before.get_vocab() != now.get_vocab():
             for part in (decoder.embed_tokens, decoder.lm_head):
                 if part is not None:

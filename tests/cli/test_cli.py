@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from nanoglimpse.cli import ask as generate
-from nanoglimpse.cli import options
-from nanoglimpse.inference import overlay
+from nanoglimpse.cli import options, overlay
 from nanoglimpse.methods import METHODS
 from nanoglimpse.weights.hub import EMBEDDED
 from tests.helpers.prompts import ANSWER, QUESTION, SCENE

@@ -94,16 +94,6 @@ def test_low_precision_runs_near_fp32(tiny_folder, tiny, dtype):
     assert (ours - exact).norm() / exact.norm() < 0.1
 
 
-@pytest.mark.slow
-def test_tied_checkpoints_may_carry_their_head(tmp_path):
-    write_checkpoint(tmp_path / "a", config_dict(tie_word_embeddings=True))
-    engine = load(tmp_path / "a", dtype="float32", device="cpu")
-    tensors = tensors_of(tmp_path / "a")
-    assert "lm_head.weight" not in tensors
-    save(tmp_path / "a", tensors | {"lm_head.weight": torch.zeros(130, 48)})
-    assert torch.equal(first_logits(load(tmp_path / "a", dtype="float32")), first_logits(engine))
-
-
 def test_dtype_auto_takes_fp32_for_a_small_model_on_a_cpu(tiny_folder):
     assert load(tiny_folder, device="cpu").dtype == torch.float32
 
@@ -136,10 +126,12 @@ def break_file(folder, tensors):
 
 
 def break_index(folder, tensors):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
 def break_shard(folder, tensors):
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -327,10 +319,10 @@ def test_an_adapter_is_merged_where_it_belongs(tiny_folder, tiny, tmp_path, rslo
 
 ADAPTERS = {
     "another base": ({"width": 40}, "another model"),
-    "dora": ({"use_dora": True}, "use_dora"),
+    "dora without lengths": ({"use_dora": True}, "magnitude_vector"),
     "not lora": ({"peft_type": "IA3"}, "peft_type"),
-    "extra modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "no rank": ({"lora_alpha": None}, "lora_alpha"),
+    "no scale": ({"lora_alpha": 0}, "lora_alpha must be"),
+    "another rank": ({"r": 4}, "shape .*, but rank 4"),
 }
 
 
@@ -346,7 +338,7 @@ def test_an_adapter_of_unknown_layers(tiny_folder, tmp_path):
     lora = write_adapter(tmp_path / "lora")
     renamed = {name.replace("layers.2", "layers.20"): t for name, t in lora.items()}
     save_file(renamed, tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(NanoglimpseError, match=r"has no layer 'model\.layers\.20"):
+    with pytest.raises(NanoglimpseError, match=r"'model\.layers\.20.*no such linear layer"):
         load(tiny_folder, adapter=tmp_path / "lora", device="cpu")
 
 
