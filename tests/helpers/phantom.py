@@ -504,6 +504,8 @@ def inside(x):
     if isinstance(x, Rope):
         return Rope(plain(x.cos), plain(x.sin))
     if isinstance(x, QuantizedMatmul):
+        if not isinstance(x.scales, Phantom):
+            raise RuntimeError(f"scales on the host at {where()}")
         return replace(x, scales=plain(x.scales), dequantize=TORCH.dequantize)
     if isinstance(x, tuple):
         values = map(inside, x)
