@@ -135,10 +135,12 @@ def steps(device: torch.device, big: str, small: str) -> list[Step]:
     few = ("--layers", "1" if rehearsal else "4")
     large, little = ("--shape", big, *common, *few), (*full, *few)
     rows = ("--visual-tokens", "9", "4") if rehearsal else ("--visual-tokens", "1024", "5000")
+    # Each prefill takes a second in the interpreter, so that only the dense ones run there.
+    methods = ("--retain", "1") if rehearsal else ()
     plan = [
         Step("kernel and graph tests", (), 75, 15),
         Step(f"{big} widths, torch", (*large, "--backend", "torch"), 30, 10),
-        Step(f"{big} widths, triton", (*large, "--backend", "triton"), 60, 10),
+        Step(f"{big} widths, triton", (*large, *methods, "--backend", "triton"), 60, 10),
         Step(f"{big} widths, auto", (*large, "--backend", "auto"), 40, 10),
         Step(f"{small}, full depth", full, 50, 15),
         Step(f"{big} widths, kernels", (*large, "--kernels", "--backend", "triton"), 40, 8),
