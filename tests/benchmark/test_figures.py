@@ -11,7 +11,7 @@ from PIL import ImageDraw
 
 from nanoglimpse.benchmark import contenders, measuring, plot, roofs
 from nanoglimpse.benchmark.figures import Ratio, Ratios, spread
-from nanoglimpse.benchmark.models import noise, visual_sizes
+from nanoglimpse.benchmark.models import make_picture, noise, visual_sizes
 from nanoglimpse.benchmark.output import Output, shown
 from nanoglimpse.benchmark.roofs import Roofs
 from nanoglimpse.benchmark.work import Cost
@@ -222,3 +222,11 @@ def test_every_round_has_new_lengths(bench, shape, capsys, monkeypatch):  # noqa
     assert len(set(new)) == 4  # the round that warms up as well
     # No step of decoding has a length that another round had.
     assert all(b - a >= 4 for a, b in zip(new[::2], new[2::2], strict=False))
+
+
+@pytest.mark.parametrize("visual", [64, 576])
+def test_the_picture_of_a_checkpoint_is_scaled_to_the_visual_tokens(bench, visual):  # noqa: F811
+    args = bench.parser().parse_args([])
+    width, height = make_picture(args, visual, 1.0).size
+    assert width * height == pytest.approx(visual * 28**2, rel=0.01)
+    assert make_picture(args, visual, 1.0, more=2).size == (width + 2 * 28, height)
