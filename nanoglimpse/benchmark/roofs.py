@@ -43,11 +43,11 @@ class Roofs:
         a = torch.randn(size, size, device=device).to(dtype)
         packed = ops.pack(a)
         products = (lambda: a @ a, lambda: ops.linear(a, packed, None))
-        rate = 2 * size**3 / min(best(call, 4, device) for call in products)
+        rate = 2 * size**3 / min(best(call, 2, device) for call in products)
         big = torch.ones(read // a.element_size(), device=device, dtype=dtype).view(-1, 8192)
         matrix, row = ops.pack(big), big[:1].clone()
         reads = (big.sum, lambda: ops.linear(row, matrix, None), lambda: F.linear(row, big))
-        bandwidth = read / min(best(call, 5, device) for call in reads)
+        bandwidth = read / min(best(call, 3, device) for call in reads)
         self.rate, self.bandwidth = max(self.rate, rate), max(self.bandwidth, bandwidth)
 
     def floor(self, cost: Cost) -> float:
