@@ -5,12 +5,19 @@
     python bench.py --shape 3b --layers 4 --device cpu    for a machine that is too small
     python bench.py --ragged 8 32                         questions of different sizes at once
     python bench.py --kernels --shape 7b                  each operation alone
+    python bench.py --first-contact                       what has to be known about a new GPU
 
 A shape has random weights, which are made on the device. Such weights prune at random, so the share
 to keep is forced, while glimpse and predictor do all of their work. Rounds alternate between the
-contenders, so that a ratio holds when the machine drifts. A gate comes first: what computes wrong
-is not timed. Floors are operations over the rate of a large product, and bytes over the bandwidth
-of reading a large tensor, both measured first; a ceiling is the speed-up of an engine at its floor.
+contenders, so that a ratio holds when the machine drifts; ± is half the distance between the
+quartiles of the rounds, and a ratio that spreads too far is left out with a line that says so. A
+gate comes first: what computes wrong is not timed. Floors are operations over the rate of a large
+product, and bytes over the bandwidth of reading a large tensor, both measured beside the rounds; a
+figure below its floor is marked "roof invalid". A ceiling is the speed-up of an engine at its
+floor.
+The cold first token is that of the first answer of the process at its length. One contender answers
+at lengths that are new in every round. pp<N> and tg<N> are the tests of llama-bench: N rows read by
+the decoder, N tokens generated.
 Beside each answer to a single prompt stand two questions to a session, up to their logits: the
 first one, for which the picture is encoded, and a further one. With --ragged the questions are
 about pictures of different sizes, and their answers end at different places; the tables say how
@@ -19,21 +26,28 @@ line of stdout is one JSON object.
 """
 
 import argparse
-import json
+import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanoglimpse.benchmark.cases import Case, accuracy
 from nanoglimpse.benchmark.contenders import Transformers
-from nanoglimpse.benchmark.measuring import Roofs, machine, say
-from nanoglimpse.benchmark.models import Workload, make_engine
+from nanoglimpse.benchmark.first_contact import first_contact
+from nanoglimpse.benchmark.machine import machine
+from nanoglimpse.benchmark.measuring import say
+from nanoglimpse.benchmark.models import Workload, make_engine, visual_sizes
 from nanoglimpse.benchmark.operations import time_operations
+from nanoglimpse.benchmark.output import FORMS, Output
 from nanoglimpse.benchmark.plot import plot
 from nanoglimpse.benchmark.ragged import Ragged, gains_at_once
 from nanoglimpse.benchmark.report import gains, report
+from nanoglimpse.benchmark.roofs import Roofs
+from nanoglimpse.benchmark.rules import NAMES, time_rule
 from nanoglimpse.cli import console
 from nanoglimpse.cli.ask import built_in
 from nanoglimpse.cli.console import Parser, adder
@@ -51,7 +65,9 @@ def parser() -> Parser:
     add("--image", built_in()[0], "picture to ask about", "a scene of 448 × 448 pixels", type=str)
     add("--shape", str, "3b, 7b or a config.json: random weights in place of a checkpoint")
     add("--layers", int, "layers of each tower of a shape", "all")
-    add("--visual-tokens", [256], "visual tokens of the picture of a shape")
+    tokens = "visual tokens of the picture, which is scaled to about as many"
+    usual = "256 for a shape, as many as it has otherwise; 64 144 256 576 with --plot"
+    add("--visual-tokens", int, tokens, usual, nargs="+")
     add("--retain", float, "shares of visual tokens to keep", "0.111 for a shape", nargs="+")
     add("--text", 40, "text tokens of the prompt of a shape")
     add("--batch", [1], "prompts in a batch")
@@ -62,6 +78,10 @@ def parser() -> Parser:
     add("--threads", 0, "CPU threads", "torch's choice")
     add("--alone", False, "do not run transformers")
     add("--kernels", False, "time operations in place of answers")
+    add("--seconds", float, "begin no round, except the first one, after so much time", "none")
+    add("-o", "md", "form of the tables on stdout", choices=FORMS, dest="form")
+    add("--rule", str, "time both ways of a rule by which a GPU takes kernels", choices=NAMES)
+    add("--first-contact", False, "what has to be known about a GPU, in 300 seconds or --seconds")
     add("--plot", str, "write a figure of prefill and decode times", metavar="PNG")
     return p
 
@@ -73,51 +93,82 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Builds, measures the roofs, then kernels or cases."""
+    check(args)
+    args.until = time.monotonic() + args.seconds if args.seconds else math.inf
     if args.threads:
         torch.set_num_threads(args.threads)
+    out = Output(args.form)
+    if args.first_contact:
+        return first_contact(args, out)
+    if args.rule:
+        out.end({"rules": time_rule(args, out)})
+        return 0
+    say("building")
+    engine = make_engine(args)
+    roofs = Roofs(engine)
+    layers = engine.config.text_config.num_hidden_layers
+    record = machine(args, engine.device, engine.dtype) | {"layers": layers} | roofs.record()
+    summary: dict[str, Any] = {"machine": record, "cases": []}
+    out.note("  ".join(f"{key} {value}" for key, value in record.items()))
+    wrong = 0
+    if args.kernels:
+        summary["kernels"] = time_operations(engine, roofs, args, out)
+    else:
+        if args.quantize:
+            summary["accuracy"] = accuracy(engine, args, out)
+        wrong = time_cases(engine, roofs, args, out, summary["cases"])
+    out.end(summary)
+    return 1 if wrong else 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what makes no sense.
+
+    Raises:
+        UsageError: it says which option.
+    """
     layers = () if args.layers is None else (args.layers,)
-    counts = (*args.batch, *(args.ragged or ()), *args.visual_tokens, *layers)
+    counts = (*args.batch, *(args.ragged or ()), *(args.visual_tokens or ()), *layers)
     if min(args.new, args.rounds, args.text, *counts) < 1 or args.new < 2:
         raise UsageError(
             "counts, rounds, layers, text and visual tokens are at least 1, new at least 2"
         )
+    if args.seconds is not None and args.seconds <= 0:
+        raise UsageError(f"seconds {args.seconds:g} is no time; give more than 0")
+    if args.rule and not args.shape:
+        raise UsageError("--rule needs the sizes of a model; give a --shape")
     if args.ragged and args.plot:
         raise UsageError("--plot draws prefill and decode, which --ragged does not time apart")
     if not all(0 < share <= 1 for share in args.retain or ()):
         raise UsageError(f"retain {args.retain} are no shares; give more than 0, up to 1")
-    say("building")
-    engine = make_engine(args)
-    roofs = Roofs(engine)
-    summary = {"machine": machine(args, engine, roofs), "cases": []}
-    print("  ".join(f"{key} {value}" for key, value in summary["machine"].items()))
-    if args.kernels:
-        summary["kernels"] = time_operations(engine, roofs, args)
-        print(json.dumps(summary))
-        return 0
-    if args.quantize:
-        summary["accuracy"] = accuracy(engine, args)
-    tell, gained = (Ragged.report, gains_at_once) if args.ragged else (report, gains)
-    wrong = 0
+
+
+def time_cases(
+    engine: Engine, roofs: Roofs, args: argparse.Namespace, out: Output, found: list[dict[str, Any]]
+) -> int:
+    """Writes what the options name; returns how many cases were not timed, as they were wrong."""
+    gained, wrong = gains_at_once if args.ragged else gains, 0
     for case in cases(engine, roofs, args):
+        if isinstance(case, Case):
+            case.first()
         faults = case.faults()
         if faults:
             wrong += 1
-            print(f"\n{case.title}: not timed, it computes wrong: {'; '.join(faults)}")
+            out.note(f"{case.title}: not timed, it computes wrong: {'; '.join(faults)}")
             continue
         case.measure()
-        summary["cases"].append(tell(case))
-    if args.plot and summary["cases"]:
-        plot(Path(args.plot), summary["cases"])
-    if summary["cases"]:
-        print("\n" + gained(summary["cases"][-1]))
-    print(json.dumps(summary))
-    return 1 if wrong else 0
+        found.append(report(case, out) if isinstance(case, Case) else case.report(out))
+    if args.plot and found:
+        plot(Path(args.plot), found)
+    if found:
+        out.note(gained(found[-1]))
+    return wrong
 
 
 def cases(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> Iterator[Case | Ragged]:
     """The cases that the options name, one after the other."""
     transformers = None if args.alone else Transformers.load(engine, args)
-    for visual in args.visual_tokens if args.shape else [0]:
+    for visual in visual_sizes(args):
         for count in args.ragged or ():
             yield Ragged(Workload(engine, args, visual, count), transformers)
         for batch in [] if args.ragged else args.batch:

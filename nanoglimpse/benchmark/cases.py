@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from nanoglimpse.benchmark.contenders import Ours, Peer, Static, Transformers, methods
-from nanoglimpse.benchmark.measuring import Figures, Roofs, differences, distance, run_rounds, say
-from nanoglimpse.benchmark.models import Forced, Workload, make_engine
+from nanoglimpse.benchmark.lengths import NewLengths
+from nanoglimpse.benchmark.measuring import Figures, differences, distance, run_rounds, say
+from nanoglimpse.benchmark.models import Forced, Workload, make_engine, visual_sizes
+from nanoglimpse.benchmark.output import Output
+from nanoglimpse.benchmark.roofs import Roofs
 from nanoglimpse.engine import Engine
 
 
@@ -19,6 +22,9 @@ class Case:
         visual: visual tokens of a prompt.
         ours: this engine, by the name of a method.
         peers: transformers by name, in none, one or two ways; the first one is the plain one.
+        new_lengths: the dense engine at lengths that are new in every round; None if the context
+            is too short for them.
+        cold: by contender and stage, milliseconds of its first answer.
         figures: by contender and stage the values of all rounds.
     """
 
@@ -35,7 +41,18 @@ class Case:
             for kind in (Peer, Static) if self.args.static else (Peer,):
                 peer = kind(transformers, workload)
                 self.peers[peer.name] = peer
+        lengths = NewLengths(workload)
+        self.new_lengths = lengths if lengths.fits(self.args.rounds) else None
+        self.cold: dict[str, dict[str, float]] = {}
         self.figures: Figures = {}
+
+    def first(self) -> None:
+        """Times the first answer of each contender: of the process, at these lengths."""
+        for name, one in self.contenders.items():
+            say(f"{self.title}: the first answer, {name}")
+            answer = one.answer()
+            spent = answer[1] if isinstance(answer, tuple) else answer
+            self.cold[name] = {stage: spent[stage] for stage in ("first token", "end to end")}
 
     def faults(self) -> list[str]:
         """What a contender computes differently from another one that has to agree with it."""
@@ -78,26 +95,46 @@ class Case:
                 if inside.cache.num_rows != inside.positions.shape[1] * text.num_hidden_layers:
                     yield f"{name} leaves other rows in the cache"
 
+    @property
+    def contenders(self) -> dict[str, Ours | Peer]:
+        """Ours and theirs."""
+        return {**self.ours, **self.peers}
+
+    @property
+    def rounds(self) -> int:
+        """How many were counted; fewer than asked for if time ran out."""
+        return len(self.figures["dense"]["a token"])
+
     def measure(self) -> None:
-        """Runs the rounds."""
-        rounds = {name: one.round for name, one in (self.ours | self.peers).items()}
-        self.figures = run_rounds(self.title, rounds, self.args.rounds)
+        """Runs the rounds, and measures the roofs before and after them."""
+        rounds = {name: one.round for name, one in self.contenders.items()}
+        if self.new_lengths:
+            rounds[self.new_lengths.name] = self.new_lengths.round
+        self.roofs.renew()
+        self.figures = run_rounds(self.title, rounds, self.args.rounds, self.args.until)
+        self.roofs.measure()
+        self.roofs.settle(lambda: any(self.below(name) for name in self.ours))
+
+    def below(self, name: str) -> list[str]:
+        """The stages of one of ours that took less than their floors."""
+        floors = self.ours[name].floors(self.roofs)
+        return [s for s in self.figures[name] if s in floors and self.middle(name, s) < floors[s]]
 
     def middle(self, name: str, stage: str) -> float:
         """The median over rounds."""
         return statistics.median(self.figures[name][stage])
 
 
-def accuracy(engine: Engine, args: argparse.Namespace) -> dict[str, float]:
+def accuracy(engine: Engine, args: argparse.Namespace, out: Output) -> dict[str, float]:
     """How far logits of quantised weights, and in bfloat16, are from those in float32."""
 
     def build(dtype: str) -> Engine:
         return make_engine(argparse.Namespace(**vars(args) | {"quantize": None, "dtype": dtype}))
 
-    prompt = Workload(engine, args, args.visual_tokens[0] if args.shape else 0).prompts[0]
+    prompt = Workload(engine, args, visual_sizes(args)[0]).prompts[0]
     exact = build("float32").prefill(prompt, "dense").logits
     engines = {args.quantize: engine, "bfloat16": build("bfloat16")}
     errors = {n: distance(e.prefill(prompt, "dense").logits, exact) for n, e in engines.items()}
     words = ", ".join(f"{name} {error:.2%}" for name, error in errors.items())
-    print(f"accuracy: distance of the first logits from those in float32: {words}")
+    out.note(f"accuracy: distance of the first logits from those in float32: {words}")
     return errors

@@ -1,7 +1,7 @@
 """The contenders: this engine with one method, and transformers with the same weights."""
 
 import argparse
-import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoglimpse.benchmark.measuring import Memory, Roofs, best, now, say
+from nanoglimpse.benchmark.measuring import Memory, best, now, say, wall
 from nanoglimpse.benchmark.models import Forced, Workload, random_tensors, shape_config, skeleton
+from nanoglimpse.benchmark.roofs import Roofs
 from nanoglimpse.benchmark.work import Cost, Work
 from nanoglimpse.engine import Engine
 from nanoglimpse.flops import RowCounts, session_prefix, session_question
+from nanoglimpse.inference.decode import lookahead
 from nanoglimpse.inference.outputs import Prefill
 from nanoglimpse.inputs.images import preprocess_image
 from nanoglimpse.kernels.backends import TORCH
@@ -48,35 +50,56 @@ class Ours:
         read = partial(self.engine.prefill_many, self.workload.prompts, self.method)
         return read(max_new_tokens=max_new_tokens, trace=trace)
 
-    def round(self) -> dict[str, Any]:
-        """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
-        begun = now(self.engine.device)
-        preprocess_image(self.workload.items[0][0], config=self.engine.processor.pixels)
-        memory, start = Memory(self.engine.device), now(self.engine.device)
+    def answer(self) -> tuple[Prefill, dict[str, float]]:
+        """Answers as `Engine.ask` does, from the picture on.
+
+        Returns:
+            The prefill; and milliseconds by stage, with the peak of memory in bytes.
+        """
+        device = self.engine.device
+        memory, start = Memory(device), now(device)
         self.workload.preprocess()
-        prepared = now(self.engine.device)
+        prepared = now(device)
         prefill = self.prefill(self.new)
-        moments = [
-            now(self.engine.device)
-            for _ in self.engine.decode_many(prefill, self.new, ignore_eos=True)
-        ]
-        peak = memory.peak()
+        moments = self.decode(prefill, lookahead(device))
+        return prefill, {
+            "preprocess": 1000 * (prepared - start),
+            "first token": 1000 * (moments[0] - start),
+            "a token": per_token(moments),
+            "end to end": 1000 * (moments[-1] - start),
+            "memory": memory.peak(),
+        }
+
+    def decode(self, prefill: Prefill, ahead: int) -> list[float]:
+        """The moments in seconds at which the host gets each token."""
+        steps = self.engine.decode_many(prefill, self.new, ignore_eos=True, ahead=ahead)
+        return [time.perf_counter() for _ in steps]
+
+    def round(self) -> dict[str, float]:
+        """Milliseconds by stage; the peak of memory in bytes."""
+        device = self.engine.device
+        start = now(device)
+        preprocess_image(self.workload.items[0][0], config=self.engine.processor.pixels)
+        pixels = 1000 * (now(device) - start)
+        prefill, spent = self.answer()
         stages, head = prefill.timings, self.head()
         vision = stages.pop("vision")
-        upper = next(reversed(stages))  # the layers that end with the head
-        stages[upper] = max(stages[upper] - head, 0.0)
+        stages[next(reversed(stages))] -= head  # the layers that end with the head
+        streamed = {}
+        if lookahead(device):  # The steps of a GPU run ahead unless tokens are shown one by one.
+            streamed["a token, streamed"] = per_token(self.decode(prefill, 0))
         return {
-            "pixels": 1000 * (start - begun),
-            "preprocess": 1000 * (prepared - start),
+            "pixels": pixels,
+            "preprocess": spent.pop("preprocess"),
             "vision": vision,
             **{name.replace("layers", "prefill"): value for name, value in stages.items()},
             "lm_head": head,
             "all prefill": sum(stages.values()) + head,
-            "first token": 1000 * (moments[0] - start),
-            **per_token(moments),
-            "end to end": 1000 * (moments[-1] - start),
+            "first token": spent.pop("first token"),
+            "a token": spent.pop("a token"),
+            **streamed,
+            **spent,
             **(self.questions() if len(self.workload.prompts) == 1 else {}),
-            "memory": peak,
         }
 
     def questions(self) -> dict[str, float]:
@@ -245,25 +268,32 @@ class Peer:
         last = [next((i for i, t in enumerate(row) if t in ends), len(row)) for row in rows]
         return [row[: i + 1] for row, i in zip(rows, last, strict=True)]
 
-    def round(self) -> dict[str, Any]:
-        """Milliseconds by stage, and of each token in a list; the peak of memory in bytes."""
+    def answer(self) -> dict[str, float]:
+        """Milliseconds from the picture on, and the peak of memory in bytes."""
+        device = self.workload.engine.device
+        memory, moments, start = Memory(device), Moments(device), now(device)
+        self.preprocess()
+        self.tokens(self.workload.args.new, streamer=moments)
+        tokens = moments.of_tokens
+        return {
+            "first token": 1000 * (tokens[0] - start),
+            "a token": per_token(tokens),
+            "end to end": 1000 * (tokens[-1] - start),
+            "memory": memory.peak(),
+        }
+
+    def round(self) -> dict[str, float]:
+        """Milliseconds by stage; the peak of memory in bytes."""
         spent, device = {}, self.workload.engine.device
         for stage in ("read", "preprocess", "vision", "logits"):
-            start = now(device)
-            getattr(self, stage)()
-            spent[stage] = 1000 * (now(device) - start)
-        memory, moments, start = Memory(device), Moments(device), now(device)
-        self.tokens(self.workload.args.new, streamer=moments)
-        before, tokens = spent["preprocess"] - 1000 * start, moments.of_tokens
+            spent[stage] = 1000 * wall(getattr(self, stage), device)
         return {
             "pixels": spent["read"],
             "preprocess": spent["preprocess"],
             "vision": spent["vision"],
-            "all prefill": max(spent["logits"] - spent["vision"], 0.0),
-            "first token": before + 1000 * tokens[0],
-            **per_token(tokens),
-            "end to end": before + 1000 * tokens[-1],
-            "memory": memory.peak(),
+            # Of two runs, so that noise may show: nothing is clamped.
+            "all prefill": spent["logits"] - spent["vision"],
+            **self.answer(),
         }
 
 
@@ -299,7 +329,6 @@ class Moments:
         """Is called at the end of the answer."""
 
 
-def per_token(moments: Sequence[float]) -> dict[str, Any]:
-    """Milliseconds of each token after the first, and their mean."""
-    tokens = [1000 * (after - before) for before, after in pairwise(moments)]
-    return {"a token": statistics.mean(tokens), "tokens": tokens}
+def per_token(moments: Sequence[float]) -> float:
+    """Mean milliseconds of the tokens after the first, from the moments of all."""
+    return 1000 * (moments[-1] - moments[0]) / (len(moments) - 1)

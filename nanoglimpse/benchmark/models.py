@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import isqrt
+from math import isqrt, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,13 @@ QUESTIONS = (
 )
 # Without a tokenizer: lengths of the questions, as multiples of --text.
 LENGTHS = (1.0, 0.4, 1.7)
+# Visual tokens of the picture of a shape, and of the pictures of a figure, if no option says so.
+SHAPE_VISUAL, PLOTTED = 256, (64, 144, 256, 576)
+# Pixels of the side of a visual token.
+CELL = 28
 CONFIGS = Path(weights.__file__).parent / "configs"
+SHAPES = {name: CONFIGS / f"qwen2.5-vl-{name}.json" for name in ("3b", "7b")}
+SHAPES["nano"] = CONFIGS.parent / "nano" / "config.json"
 
 
 def make_engine(args: argparse.Namespace) -> Engine:
@@ -84,10 +90,11 @@ class Untokenized(Processor):
 
 def shape_config(args: argparse.Namespace) -> dict[str, Any]:
     """The config.json of a shape, with fewer layers if the options say so."""
-    known = args.shape in ("3b", "7b")
-    file = CONFIGS / f"qwen2.5-vl-{args.shape}.json" if known else Path(args.shape)
+    file = SHAPES.get(args.shape) or Path(args.shape)
     if not file.exists():
-        raise UsageError(f"there is no shape {args.shape}; choose 3b, 7b or a config.json")
+        raise UsageError(
+            f"there is no shape {args.shape}; choose {', '.join(SHAPES)} or a config.json"
+        )
     config = read_json(file)
     if args.layers:
         config["num_hidden_layers"] = config["vision_config"]["depth"] = args.layers
@@ -180,9 +187,10 @@ class Workload:
     Args:
         engine: makes the prompts.
         args: the options of the command line.
-        visual: visual tokens of the largest picture; 0 for the picture that the options name.
+        visual: visual tokens of the largest picture; 0 for the picture of the options as it is.
         count: number of different prompts; all but the first have other sizes.
         copies: copies of each prompt in a batch.
+        more: columns of visual tokens and tokens of the question beyond these sizes.
 
     Attributes:
         items: the picture and the question of each different prompt.
@@ -190,14 +198,29 @@ class Workload:
     """
 
     def __init__(
-        self, engine: Engine, args: argparse.Namespace, visual: int, count: int = 1, copies: int = 1
+        self,
+        engine: Engine,
+        args: argparse.Namespace,
+        visual: int,
+        count: int = 1,
+        copies: int = 1,
+        more: tuple[int, int] = (0, 0),
     ):
-        self.engine, self.args, self.copies = engine, args, copies
+        self.engine, self.args, self.visual, self.copies = engine, args, visual, copies
+        columns, tokens = more
         self.items = [
-            (make_picture(args, visual, SIDES[i % len(SIDES)]), make_question(engine, args, i))
+            (
+                make_picture(args, visual, SIDES[i % len(SIDES)], columns),
+                make_question(engine, args, i, tokens),
+            )
             for i in range(count)
         ]
         self.prompts = [engine.prompt(*item) for item in self.items] * copies
+
+    def longer(self, columns: int, tokens: int) -> "Workload":
+        """The same with a wider picture and a longer question."""
+        more = (columns, tokens)
+        return Workload(self.engine, self.args, self.visual, len(self.items), self.copies, more)
 
     def preprocess(self) -> Prompt:
         """The first prompt, made again from its picture."""
@@ -213,24 +236,46 @@ class Workload:
         return self.engine.session(begun, method), question.tolist()
 
 
-def make_picture(args: argparse.Namespace, visual: int, side: float) -> Image.Image:
-    """A picture of noise, or the one that the options name, with its sides scaled."""
-    if visual:
-        return noise(max(round(visual * side * side), 1))
+def visual_sizes(args: argparse.Namespace) -> list[int]:
+    """Visual tokens of the pictures to time; 0 for the picture of the options as it is."""
+    if args.visual_tokens:
+        return args.visual_tokens
+    if args.plot:
+        return list(PLOTTED)
+    return [SHAPE_VISUAL if args.shape else 0]
+
+
+def make_picture(args: argparse.Namespace, visual: int, side: float, more: int = 0) -> Image.Image:
+    """Noise for a shape, or else the picture of the options; its sides are scaled.
+
+    Args:
+        args: the options.
+        visual: visual tokens before scaling; 0 for as many as the picture has.
+        side: what the sides are multiplied by.
+        more: columns of visual tokens that are added.
+    """
+    if args.shape:
+        return noise(max(round(visual * side * side), 1), more)
     whole = load_picture(args.image)
+    if visual:
+        side *= sqrt(visual * CELL**2 / (whole.width * whole.height))
     width, height = (max(round(side * length), 1) for length in whole.size)
-    return whole.resize((width, height))
+    return whole.resize((width + CELL * more, height))
 
 
-def noise(visual: int) -> Image.Image:
-    """Noise of a number of visual tokens, as square as their number allows."""
+def noise(visual: int, more: int = 0) -> Image.Image:
+    """Noise of a number of visual tokens, as square as it allows, and of more columns."""
     root = isqrt(visual)
     rows = next((r for r in range(root, root // 2, -1) if visual % r == 0), root)
-    return Image.effect_noise((28 * max(visual // rows, 1), 28 * rows), 64).convert("RGB")
+    columns = max(visual // rows, 1) + more
+    return Image.effect_noise((CELL * columns, CELL * rows), 64).convert("RGB")
 
 
-def make_question(engine: Engine, args: argparse.Namespace, number: int) -> str:
-    """A question; without a tokenizer, the number of its tokens."""
+def make_question(engine: Engine, args: argparse.Namespace, number: int, more: int = 0) -> str:
+    """A question with more digits at its end; without a tokenizer, the number of its tokens.
+
+    Qwen's tokenizer makes a token of each digit.
+    """
     if engine.processor.tokenizer:
-        return QUESTIONS[number % len(QUESTIONS)]
-    return str(max(round(args.text * LENGTHS[number % len(LENGTHS)]), 1))
+        return QUESTIONS[number % len(QUESTIONS)] + "7" * more
+    return str(max(round(args.text * LENGTHS[number % len(LENGTHS)]), 1) + more)

@@ -1,6 +1,7 @@
 """Times each operation of the backend alone, beside the fastest of torch's own ways."""
 
 import argparse
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanoglimpse.benchmark.measuring import Roofs, best, say
-from nanoglimpse.benchmark.report import table
+from nanoglimpse.benchmark.figures import Ratios, spread
+from nanoglimpse.benchmark.measuring import say, take_turns
+from nanoglimpse.benchmark.models import SHAPE_VISUAL, visual_sizes
+from nanoglimpse.benchmark.output import Output
+from nanoglimpse.benchmark.roofs import INVALID, Roofs
 from nanoglimpse.benchmark.work import Cost
 from nanoglimpse.engine import Engine
 from nanoglimpse.kernels.reference.rope import Rope
@@ -21,25 +25,53 @@ from nanoglimpse.kernels.varlen import Segments
 Operation = tuple[str, Callable[[], object], Sequence[Callable[[], object]], int, int]
 
 
-def time_operations(engine: Engine, roofs: Roofs, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints a table of all operations at the shapes of a model; returns the JSON entries."""
-    rows, entries = [], []
-    count = args.visual_tokens[0] + args.text
+def time_operations(
+    engine: Engine, roofs: Roofs, args: argparse.Namespace, out: Output
+) -> list[dict[str, Any]]:
+    """Writes a table of all operations at the shapes of a model; returns the JSON entries."""
+    ratios, entries = Ratios(), []
+    count = (visual_sizes(args)[0] or SHAPE_VISUAL) + args.text
     for name, ours, others, flops, elements in operations(engine, count):
         say(name)
+        ways = {str(number): way for number, way in enumerate((ours, *others))}
+        roofs.renew()
         with torch.inference_mode():
-            own, *rivals = [best(way, args.rounds, engine.device) for way in (ours, *others)]
-            rival = min(rivals)
-        cost = Cost(flops, elements * engine.dtype.itemsize)
-        compute = cost.flops / roofs.rate > cost.bytes / roofs.bandwidth
-        unit, roof = ("GFLOP/s", roofs.rate) if compute else ("GB/s", roofs.bandwidth)
-        amount = (cost.flops if compute else cost.bytes) / own
-        times = [f"{1e3 * own:.3f}", f"{1e3 * rival:.3f}", f"{rival / own:.2f}"]
-        rows.append([name, *times, f"{amount / 1e9:.1f} {unit}", f"{amount / roof:.0%}"])
-        entry = {"name": name, "ms": 1e3 * own, "torch_ms": 1e3 * rival, unit: amount / 1e9}
-        entries.append(entry | {"of_roof": amount / roof})
-    table(["operation", "ms", "torch's best ms", "×", "rate", "of the roof"], rows)
+            own, *rivals = take_turns(ways, args.rounds, engine.device, args.until).values()
+        rival = min(rivals, key=statistics.median)
+        entry = {"name": name} | _own(own, Cost(flops, elements * engine.dtype.itemsize), roofs)
+        entry |= {"torch_ms": 1e3 * statistics.median(rival), "torch_ms_spread": _spread(rival)}
+        entries.append(entry | {"ratio": ratios.tell(name, rival, own)})
+    columns = ("name", "ms", "ms_spread", "torch_ms", "torch_ms_spread", "ratio", "rate", "unit")
+    rows = [
+        [*(e[c] for c in columns), INVALID if e["roof_invalid"] else 100 * e["of_roof"]]
+        for e in entries
+    ]
+    head = ["operation", "ms", "±", "torch's best ms", "±", "times as fast", "rate", "unit"]
+    out.table("operations, caches cold", [*head, "% of the roof"], rows)
+    ratios.write(out)
     return entries
+
+
+def _own(seconds: Sequence[float], cost: Cost, roofs: Roofs) -> dict[str, Any]:
+    """The figures of an operation, beside the roof that bounds it."""
+    middle = statistics.median(seconds)
+    roofs.settle(lambda: roofs.floor(cost) > 1e3 * middle)
+    compute = cost.flops / roofs.rate > cost.bytes / roofs.bandwidth
+    unit, roof = ("GFLOP/s", roofs.rate) if compute else ("GB/s", roofs.bandwidth)
+    rate = (cost.flops if compute else cost.bytes) / middle
+    return {
+        "ms": 1e3 * middle,
+        "ms_spread": _spread(seconds),
+        "rate": rate / 1e9,
+        "unit": unit,
+        "of_roof": rate / roof,
+        "roof_invalid": rate > roof,
+    }
+
+
+def _spread(seconds: Sequence[float]) -> float | None:
+    """± in milliseconds."""
+    return spread([1e3 * value for value in seconds])
 
 
 def operations(engine: Engine, rows: int) -> Iterator[Operation]:

@@ -16,8 +16,10 @@ import torch
 
 from nanoglimpse.benchmark import measuring
 from nanoglimpse.benchmark.contenders import Answers, Peer, Transformers, methods
+from nanoglimpse.benchmark.figures import Ratios, spread
 from nanoglimpse.benchmark.models import Workload
-from nanoglimpse.benchmark.report import shown, table
+from nanoglimpse.benchmark.output import Output
+from nanoglimpse.benchmark.report import times
 from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.methods.base import PruningMethod
 
@@ -28,7 +30,7 @@ class Ragged:
     Attributes:
         contenders: by name; each answers all questions, from the pictures on, with token ids.
         answers: the last answers of each contender.
-        figures: by contender the seconds and the peak of memory of all rounds.
+        figures: by contender the milliseconds and the peak of memory of all rounds.
     """
 
     def __init__(self, workload: Workload, transformers: Transformers | None):
@@ -104,68 +106,73 @@ class Ragged:
     def measure(self) -> None:
         """Runs the rounds."""
         rounds = {name: partial(self.round, name) for name in self.contenders}
-        self.figures = measuring.run_rounds(self.title, rounds, self.args.rounds)
+        self.figures = measuring.run_rounds(self.title, rounds, self.args.rounds, self.args.until)
 
     def round(self, name: str) -> dict[str, float]:
-        """The seconds and the peak of memory of all answers of a contender."""
+        """The milliseconds and the peak of memory of all answers of a contender."""
         memory, start = measuring.Memory(self.engine.device), measuring.now(self.engine.device)
         self.answers[name] = self.contenders[name]()
-        return {"seconds": measuring.now(self.engine.device) - start, "memory": memory.peak()}
+        spent = 1000 * (measuring.now(self.engine.device) - start)
+        return {"ms": spent, "memory": memory.peak()}
 
-    def report(self) -> dict[str, Any]:
-        """Prints the tables; returns the entry of the JSON line."""
+    def report(self, out: Output) -> dict[str, Any]:
+        """Writes the tables; returns the entry of the JSON line."""
         lengths = [len(answer) for answer in self.answers["dense, one by one"]]
-        print(
-            f"\n{self.title}, answers of {min(lengths)} to {max(lengths)} tokens, "
-            f"medians of {self.args.rounds} rounds"
+        rounds = len(self.figures["dense, at once"]["ms"])
+        out.note(
+            f"{self.title}, answers of {min(lengths)} to {max(lengths)} tokens, "
+            f"medians of {rounds} rounds, ± half their quartiles"
         )
         entries = {name: self._summary(name) for name in self.contenders}
-        columns = ("ms", "p20", "p80", "questions/s", "tokens/s")
+        columns = ("ms", "ms_spread", "questions/s", "tokens/s", "tokens/s_spread")
         rows = [
-            [n, *(f"{e[column]:.1f}" for column in columns), f"{e['peak_bytes'] / 1e6:.1f}"]
-            for n, e in entries.items()
+            [name, *(entry[column] for column in columns), entry["peak_bytes"] / 1e6]
+            for name, entry in entries.items()
         ]
-        table(["all questions", *columns, "peak MB"], rows)
-        print("\nat once, times as many questions a second")
-        ratios = {name: self._ratios(name) for name in self.methods}
+        head = ["contender", "ms", "±", "questions/s", "tokens/s", "±", "peak MB"]
+        out.table("all questions", head, rows)
+        told = Ratios()
+        ratios = {name: self._ratios(name, told) for name in self.methods}
         over = [*dict.fromkeys(what for others in ratios.values() for what in others)]
-        rows = [[name, *(shown(one.get(what)) for what in over)] for name, one in ratios.items()]
-        table(["", *(f"over {what}" for what in over)], rows)
+        rows = [[name, *(one.get(what) for what in over)] for name, one in ratios.items()]
+        heading = "at once, times as many questions a second"
+        out.table(heading, ["contender", *(f"over {what}" for what in over)], rows)
+        told.write(out)
         count = len(self.workload.items)
         return {"title": self.title, "questions": count, "arms": entries, "ratios": ratios}
 
-    def _summary(self, name: str) -> dict[str, float]:
+    def _summary(self, name: str) -> dict[str, Any]:
         """The figures of a contender."""
-        seconds, tokens = self.figures[name]["seconds"], sum(map(len, self.answers[name]))
-        middle, (p20, p80) = statistics.median(seconds), measuring.spread(seconds)
+        times, tokens = self.figures[name]["ms"], sum(map(len, self.answers[name]))
+        speeds = [1000 * tokens / value for value in times]
         return {
-            "ms": round(1000 * middle, 4),
-            "p20": round(1000 * p20, 4),
-            "p80": round(1000 * p80, 4),
-            "questions/s": round(len(self.workload.items) / middle, 4),
-            "tokens/s": round(tokens / middle, 4),
+            "ms": statistics.median(times),
+            "ms_spread": spread(times),
+            "questions/s": 1000 * len(self.workload.items) / statistics.median(times),
+            "tokens/s": statistics.median(speeds),
+            "tokens/s_spread": spread(speeds),
             "tokens": tokens,
             "peak_bytes": statistics.median(self.figures[name]["memory"]),
         }
 
-    def _ratios(self, name: str) -> dict[str, float]:
+    def _ratios(self, name: str, told: Ratios) -> dict[str, float | None]:
         """How many times as fast as others a method is at once."""
         others = {"one by one": f"{name}, one by one"}
         if self.peer:
             others["transformers"] = self.peer.name
         if name != "dense":
             others["dense"] = "dense, at once"
-        own = self.figures[f"{name}, at once"]["seconds"]
+        own = self.figures[f"{name}, at once"]["ms"]
         return {
-            what: measuring.speedup(self.figures[other]["seconds"], own)
+            what: told.tell(f"{name} over {what}", self.figures[other]["ms"], own)
             for what, other in others.items()
         }
 
 
 def gains_at_once(entry: dict[str, Any]) -> str:
-    """What was gained by what, in a line."""
+    """What was gained by what, in a line; ? stands for a ratio that means nothing."""
     parts = []
     for name, ratios in entry["ratios"].items():
-        words = [f"{ratio:.2f} times {what}" for what, ratio in ratios.items()]
+        words = [f"{times(ratio)} times {what}" for what, ratio in ratios.items()]
         parts.append(f"{name} {', '.join(words)}")
     return f"{entry['title']}: questions a second, " + "; ".join(parts)
