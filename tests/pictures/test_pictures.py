@@ -40,7 +40,7 @@ def chunk(kind, data):
 
 
 def png(side, bits, kind, row, *extra, after=b""):
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     rows = b"".join(packer.compress(bytes(1 + row)) for _ in range(side)) + packer.flush()
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, kind, 0, 0, 0))
     parts = (b"\x89PNG\r\n\x1a\n", header, *extra, chunk(b"IDAT", rows), after, chunk(b"IEND", b""))
@@ -63,8 +63,8 @@ def jpeg(segment, count):
 
 
 def tile():
-    data = zlib.compress(bytes(40000 * 30000), 9)
-    sizes = ((322, 4, 1, 40000), (323, 4, 1, 30000), (324, 4, 1, 1000), (325, 4, 1, len(data)))
+    data = zlib.compress(bytes(20000 * 20000), 1)
+    sizes = ((322, 4, 1, 20000), (323, 4, 1, 20000), (324, 4, 1, 1000), (325, 4, 1, len(data)))
     return tiff((259, 3, 1, 8), *sizes, data=data)
 
 
@@ -91,7 +91,6 @@ HOSTILE = {
     "bomb.webp": (lambda: bytes.fromhex(WEBP), False),
     "bit.png": (lambda: png(SIDE, 1, 0, -(-SIDE // 8), chunk(b"tRNS", b"\0\0")), True),
     "rgba.png": (lambda: png(SIDE, 8, 6, 4 * SIDE), True),
-    "rgba16.png": (lambda: png(SIDE, 16, 6, 8 * SIDE), True),
     "grey16.png": (lambda: png(SIDE, 16, 0, 2 * SIDE), True),
     "text.png": (lambda: png(8, 8, 2, 24, TEXT * 90), False),
     "text_after.png": (lambda: png(8, 8, 2, 24, after=TEXT * 90), False),
