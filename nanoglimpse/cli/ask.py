@@ -14,19 +14,25 @@ from nanoglimpse.cli.batch_file import answer_file
 from nanoglimpse.cli.chat import Chat, summary
 from nanoglimpse.cli.console import Parser, adder, note
 from nanoglimpse.cli.overlay import save_overlay
-from nanoglimpse.cli.report import as_dict, report
+from nanoglimpse.cli.report import as_dict, overlay_lines, report
 from nanoglimpse.errors import UsageError
 from nanoglimpse.files import check_writable
 from nanoglimpse.inference.stream import Stream
 from nanoglimpse.inputs.processor import SYSTEM
 from nanoglimpse.methods import METHODS
 from nanoglimpse.pictures.fetch import NAMED
+from nanoglimpse.pictures.fonts import check_font
 from nanoglimpse.pictures.picture import Source, source, sources
 from nanoglimpse.pictures.video import FPS, MAX_FRAMES, Video
 from nanoglimpse.version import VERSION
 from nanoglimpse.weights.hub import EMBEDDED
 
 EXAMPLES = EMBEDDED["nano"] / "examples"
+# What is said of the embedded model, which answers everything else with confident nonsense.
+KNOWS = (
+    "note        nano knows rendered scenes, receipts and bar charts, and nothing else; for photos "
+    "give --model Qwen/Qwen2.5-VL-3B-Instruct"
+)
 
 
 class VideoPath(str):
@@ -68,7 +74,9 @@ def parser() -> Parser:
     add("--max-batch-tokens", 8192, limit)
     add = adder(p.add_argument_group("output"))
     overlay = "write a picture of the kept visual tokens; .gif and .webp become animations"
+    font = "font of the overlay's text (default: one that has its letters is found)"
     add("--overlay", str, overlay, metavar="FILE")
+    add("--font", str, font, metavar="FILE")
     add("--json", False, "print one JSON object instead of text")
     p.add_argument("--version", action="version", version=f"nanoglimpse {VERSION}")
     return p
@@ -103,6 +111,8 @@ def command(args: argparse.Namespace) -> int:
     _check(args)
     images, question = _task(args)
     engine, prompting = options.load_engine(args), options.prompt_options(args)
+    if args.model in EMBEDDED and (args.question or args.image):
+        note(args)(KNOWS)
     names: list[Any] = [*images]
     if args.session:
         session = engine.load_session(args.session)
@@ -113,7 +123,8 @@ def command(args: argparse.Namespace) -> int:
         stream = engine.stream(images, question, pruning, prompt_options=prompting, **decoding)
         return _answer(args, stream, names, question)
     if args.chat:
-        chat = Chat(session, names, decoding, note(args), args.json)
+        font = Path(args.font) if args.font else None
+        chat = Chat(session, names, decoding, note(args), args.json, font)
         return chat.run([question] if question else [])
     return _answer(args, session.stream(question, **decoding), names, question)
 
@@ -136,8 +147,9 @@ def _answer(args: argparse.Namespace, stream: Stream, images: list[Any], questio
     if code:
         tell("interrupted: the answer above is incomplete")
     if args.overlay:
-        save_overlay(Path(args.overlay), images, question, answer, model.config)
-        tell(f"overlay     {args.overlay}")
+        shown = (images, question, answer, model.config, args.font and Path(args.font))
+        for line in overlay_lines(args.overlay, save_overlay(Path(args.overlay), *shown)):
+            tell(line)
     return code
 
 
@@ -195,6 +207,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--image - cannot be combined with --chat, which reads questions there")
     if args.chat and args.overlay:
         raise UsageError("--overlay cannot be combined with --chat; use /overlay FILE in the chat")
+    if args.font:
+        check_font(Path(args.font))
     if args.overlay:
         check_writable(Path(args.overlay), "overlay")
 

@@ -22,7 +22,7 @@ from nanoglimpse.pictures.video import Video
 
 VISUALS = ("image", "video")
 # Options that do not affect an answer.
-APART = {"batch_file", "output", "max_batch_tokens", "json", "quiet", "debug"}
+APART = {"batch_file", "output", "max_batch_tokens", "json", "quiet", "debug", "offline"}
 
 
 @dataclass(frozen=True)

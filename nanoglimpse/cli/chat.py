@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanoglimpse.cli.console import exit_code, is_out_of_memory, say
 from nanoglimpse.cli.overlay import save_overlay
-from nanoglimpse.cli.report import as_dict, report
+from nanoglimpse.cli.report import as_dict, overlay_lines, report
 from nanoglimpse.config import Config
 from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
 from nanoglimpse.files import check_writable
@@ -50,6 +50,7 @@ class Chat:
         options: options of `Session.stream`.
         note: prints a line of information, or drops it with `--quiet`.
         json: print a JSON object for each answer instead of its text.
+        font: font of overlays, as `save_overlay` takes it.
 
     Attributes:
         follow_up: whether questions belong to a conversation.
@@ -63,7 +64,9 @@ class Chat:
         options: dict[str, Any],
         note: Callable[[str], None],
         json: bool,
+        font: Path | None = None,
     ):
+        self.font = font
         self.session, self.images, self.options = session, list(images), options
         self.note, self.json = note, json
         self.last: tuple[list[Source | Video | None], str, Answer] | None = None
@@ -156,8 +159,10 @@ class Chat:
             raise UsageError("a saved session has no pixels for an overlay")
         path = Path(name).expanduser()
         check_writable(path, "overlay")
-        save_overlay(path, shown, question, answer, self.session.model.config)
-        self.note(f"overlay     {path}")
+        config = self.session.model.config
+        left_out = save_overlay(path, shown, question, answer, config, self.font)
+        for line in overlay_lines(path, left_out):
+            self.note(line)
 
     def add(self, name: str) -> None:
         """Adds a picture."""

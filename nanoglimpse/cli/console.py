@@ -124,6 +124,8 @@ def run(
     """
     _open_streams()
     args = parser.parse_args(arguments)
+    if getattr(args, "offline", False):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and by `fetch`
     with _terminable():
         try:
             code = command(args)

@@ -25,6 +25,7 @@ SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
         "--device": ("auto", "auto, cpu, cuda or cuda:N"),
         "--dtype": ("auto", "auto, float32, bfloat16 or float16"),
         "--backend": ("auto", f"kernels to use: {', '.join(BACKENDS)}"),
+        "--offline": (False, "fetch nothing: no model, no picture; as HF_HUB_OFFLINE=1"),
         "--quantize": (str, "quantise the weights of the decoder", "", MODES),
     },
     "pictures": {

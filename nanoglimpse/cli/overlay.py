@@ -18,10 +18,14 @@ from torch import Tensor
 from nanoglimpse.config import Config
 from nanoglimpse.files import write_whole
 from nanoglimpse.inference.outputs import Answer
+from nanoglimpse.inputs.processor import as_visuals
+from nanoglimpse.pictures.fonts import Font, find_font
 from nanoglimpse.pictures.picture import load_picture
 from nanoglimpse.pictures.video import Video, Visual
 
 PANEL, TITLE, MARGIN, LINE, BAR = 480, 200, 16, 20, 14
+# Of the question and the answer: size, and place of the text beside its mark.
+TEXT, INDENT = 16, 20
 INK, PAPER, DIM = (32, 32, 36), (255, 255, 255), 0.3
 # Animated formats by file suffix, and the milliseconds for which an animation shows an image.
 ANIMATED, STILL = {".gif": "GIF", ".webp": "WEBP"}, 2000
@@ -30,8 +34,13 @@ STOPS = ((13, 8, 80), (126, 3, 168), (204, 71, 120), (248, 149, 64), (252, 253, 
 
 
 def save_overlay(
-    path: Path, images: Sequence[Visual], question: str, answer: Answer, config: Config
-) -> None:
+    path: Path,
+    images: Sequence[Visual],
+    question: str,
+    answer: Answer,
+    config: Config,
+    font: Path | None = None,
+) -> str:
     """Writes the overlay, as an animation if `path` ends in .gif or .webp and as PNG otherwise.
 
     The file is written completely or not at all.
@@ -42,47 +51,64 @@ def save_overlay(
         question: the question about them.
         answer: the answer, with the kept tokens and their importance.
         config: configuration of the model.
+        font: font of the question and the answer; one that has their letters is found if None.
+
+    Returns:
+        What had to be left out, for want of a font that has its letters; "" if nothing.
 
     Raises:
         NanoglimpseError: the file cannot be written.
+        UsageError: `font` is no font.
     """
     data = io.BytesIO()
-    shown = images, question, answer, config
+    shown = images, question, answer, config, font
     if kind := ANIMATED.get(path.suffix.lower()):
         (first, *others), durations = draw_animation(*shown)
         first.save(data, kind, save_all=True, append_images=others, duration=durations, loop=0)
     else:
         draw_overlay(*shown).save(data, "PNG")
     write_whole(path, data.getvalue())
+    texts = {"the question": question, "the answer": answer.text}
+    lacking = [name for name, text in texts.items() if find_font(text, TEXT, font) is None]
+    return " and ".join(lacking)
 
 
 def draw_overlay(
-    images: Sequence[Visual], question: str, answer: Answer, config: Config
+    images: Sequence[Visual],
+    question: str,
+    answer: Answer,
+    config: Config,
+    font: Path | None = None,
 ) -> Image.Image:
     """Rows of panels with the question and the answer below; arguments as `save_overlay`."""
     rows = []
-    for visual, stills in zip(images, _stills(images, answer, config), strict=True):
+    visuals = as_visuals(images)
+    for visual, stills in zip(visuals, _stills(visuals, answer, config), strict=True):
         if isinstance(visual, Video):
             panels = [_panels(still, PANEL // 2, f"{still.seconds:.1f} s: ") for still in stills]
             rows += [_beside(panels[i : i + 2]) for i in range(0, len(panels), 2)]
         else:
             rows += [_panels(still) for still in stills]
     width = max([row.width for row in rows], default=2 * PANEL)
-    return _stack([*rows, _caption(question, answer, width)])
+    return _stack([*rows, _caption(question, answer, width, font)])
 
 
 def draw_animation(
-    images: Sequence[Visual], question: str, answer: Answer, config: Config
+    images: Sequence[Visual],
+    question: str,
+    answer: Answer,
+    config: Config,
+    font: Path | None = None,
 ) -> tuple[list[Image.Image], list[int]]:
     """Sheets of one size, and the milliseconds to show each; arguments as `save_overlay`."""
     sheets, durations = [], []
     for stills in _stills(images, answer, config):
         for still in stills:
             panels = _panels(still, label=f"{still.seconds:.1f} s: " if len(stills) > 1 else "")
-            sheets.append(_stack([panels, _caption(question, answer, panels.width)]))
+            sheets.append(_stack([panels, _caption(question, answer, panels.width, font)]))
             durations.append(still.milliseconds)
     if not sheets:
-        return [draw_overlay([], question, answer, config)], [STILL]
+        return [draw_overlay([], question, answer, config, font)], [STILL]
     size = (max(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets))
     return [ImageOps.pad(s, size, color=PAPER, centering=(0, 0)) for s in sheets], durations
 
@@ -108,7 +134,7 @@ class Still(NamedTuple):
 def _stills(images: Sequence[Visual], answer: Answer, config: Config) -> Iterator[list[Still]]:
     """The stills of each picture or video."""
     merge, first = config.vision_config.spatial_merge_size, 0
-    for visual, (_, height, width) in zip(images, answer.grids, strict=True):
+    for visual, (_, height, width) in zip(as_visuals(images), answer.grids, strict=True):
         shape, interval = (height // merge, width // merge), STILL / 1000
         if isinstance(visual, Video):
             frames, rate = visual.frames(lambda frame, _: ImageOps.contain(frame, (PANEL, PANEL)))
@@ -213,17 +239,24 @@ def _scale(sheet: Image.Image, x: int, y: int, height: int) -> None:
     draw.text((x + BAR + 4, y + height - 14), "0", INK, font=_font(12))
 
 
-def _caption(question: str, answer: Answer, width: int) -> Image.Image:
-    lines = []
-    for mark, text in (("Q  ", question), ("A  ", answer.text)):
+def _caption(question: str, answer: Answer, width: int, font: Path | None) -> Image.Image:
+    """The question and the answer; one for whose letters there is no font is left out."""
+    lines: list[tuple[str, str, Font]] = []
+    for mark, text in (("Q", question), ("A", answer.text)):
+        if (face := find_font(text, TEXT, font)) is None:
+            continue
+        # The widest letter decides, but the average one does for Latin letters.
+        widest = max((face.getlength(letter) for letter in set(text)), default=0)
+        columns = max(16, int(width // (9 if text.isascii() else max(widest, 9))))
         wrapped: list[str] = []
         for paragraph in text.splitlines() or [""]:
-            wrapped += textwrap.wrap(paragraph, max(16, width // 9)) or [""]
-        lines += [mark + wrapped[0], *("    " + line for line in wrapped[1:])]
+            wrapped += textwrap.wrap(paragraph, columns) or [""]
+        lines += [(mark, wrapped[0], face), *(("", line, face) for line in wrapped[1:])]
     sheet = Image.new("RGB", (width, LINE * len(lines)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for number, line in enumerate(lines):
-        draw.text((0, number * LINE), line, INK, font=_font(16))
+    for number, (mark, line, face) in enumerate(lines):
+        draw.text((0, number * LINE), mark, INK, font=_font(TEXT))
+        draw.text((INDENT, number * LINE), line, INK, font=face)
     return sheet
 
 

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,3 +68,13 @@ def as_dict(
             "quantize": model.quantized,
         },
     }
+
+
+def overlay_lines(path: str | Path, left_out: str) -> list[str]:
+    """What is said of an overlay that has been written, from the result of `save_overlay`."""
+    if not left_out:
+        return [f"overlay     {path}"]
+    return [
+        f"overlay     {path}, without {left_out}: no font has all of the letters; install one, or "
+        "name it with --font"
+    ]

@@ -35,7 +35,7 @@ from nanoglimpse.world import DOMAINS, QUESTION_KINDS, SPLITS
 WORLD_COUNT = 1000
 NAMED = 10
 # Those of the shared options of a model that a comparison has.
-MODEL = ("--model", "--glimpse", "--adapter", "--device", "--dtype", "--backend")
+MODEL = ("--model", "--glimpse", "--adapter", "--device", "--dtype", "--backend", "--offline")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Pixels in memory: tensors, and whatever has the buffer protocol, as NumPy's arrays do."""
 
+import ctypes
 import math
 from typing import Any
 
@@ -53,7 +54,8 @@ def as_image(pixels: Any) -> Image.Image:
             "give several pictures as a list"
         )
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    data = bytes(_levels(tensor).contiguous().view(-1).untyped_storage())
+    levels = _levels(tensor).contiguous()
+    data = ctypes.string_at(levels.data_ptr(), levels.numel())
     return Image.frombytes(mode, (width, height), data)
 
 

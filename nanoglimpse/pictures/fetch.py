@@ -157,8 +157,10 @@ def fetch(url: str) -> bytes:
     result = results[0] if results else TimeoutError(f"no answer within {SECONDS:g} s")
     if isinstance(result, bytes):
         return result
-    reason = one_line(getattr(result, "reason", "") or result, 200)
-    code = f"{result.code} " if isinstance(result, urllib.error.HTTPError) else ""
+    reason, code = one_line(getattr(result, "reason", "") or result, 200), ""
+    if isinstance(result, urllib.error.HTTPError):
+        code = f"{result.code} "
+        result.close()
     raise NanoglimpseError(f"{shown(url)} cannot be fetched: {code}{reason}") from None
 
 

@@ -226,15 +226,20 @@ def sources(pictures: Any) -> list[Source]:
 
 
 def _pages(one: Source) -> list[Source]:
-    if isinstance(one.data, Image.Image):
+    if not _holds_pdf(one):
         return [one]
+    with decoding(one.name), one.file() as file:
+        count = pdf.page_count(file, one.name)
+    names = [f"{one.name}, page {page + 1}" for page in range(count)]
+    return [replace(one, name=name, page=page) for page, name in enumerate(names)]
+
+
+def _holds_pdf(one: Source) -> bool:
+    if isinstance(one.data, Image.Image):
+        return False
     with suppress(OSError, ValueError), one.file() as file:
-        if is_pdf(file):
-            with decoding(one.name):
-                count = pdf.page_count(file, one.name)
-            names = [f"{one.name}, page {page + 1}" for page in range(count)]
-            return [replace(one, name=name, page=page) for page, name in enumerate(names)]
-    return [one]  # whatever is wrong with it is said when it is opened
+        return is_pdf(file)
+    return False  # what is wrong with the file is said when it is opened
 
 
 def _of_path(path: Path) -> Source:

@@ -79,7 +79,7 @@ def _add_base(parser: Parser) -> None:
 def _add_data(parser: Parser) -> None:
     data = "world, world:DOMAINS (as scene,chart; repeat one to draw it more often) or a .jsonl"
     brief = "world: share of the micro-batches with brief prompts"
-    add_shared(parser, "model", "--model")
+    add_shared(parser, "model", "--model", "--offline")
     add = adder(parser.add_argument_group("data"))
     add("--data", "world:scene", data)
     add("--images", Path, "folder of the pictures", "that of the file")

@@ -17,6 +17,8 @@ from PIL import Image
 from nanoglimpse.cli import ask as generate
 from nanoglimpse.cli import options, overlay
 from nanoglimpse.methods import METHODS
+from nanoglimpse.pictures import fonts
+from nanoglimpse.pictures.picture import load_picture
 from nanoglimpse.weights.hub import EMBEDDED
 from tests.helpers.prompts import ANSWER, QUESTION, SCENE
 
@@ -238,7 +240,7 @@ ERRORS = {
     "no question": (lambda t: ("--image", SCENE), 2, "a question is needed"),
     "empty question": (lambda t: ("", "--image", SCENE), 2, "a question is needed"),
     "unknown option": (lambda t: ("--imagine", "x"), 2, "unrecognized arguments: --imagine"),
-    "option without value": (lambda t: ("x", "--image"), 2, "expected one argument"),
+    "option without value": (lambda t: ("x", "--image"), 2, "expected at least one argument"),
     "no number": (lambda t: ("x", "--max-ratio", "lots"), 2, "invalid float value: 'lots'"),
     "unknown method": (lambda t: ("x", "--method", "magic"), 2, "unknown method 'magic'"),
     "cap": (
@@ -414,3 +416,28 @@ def test_other_methods_answer(capsys, tmp_path, method):
     assert out.startswith("The number")
     assert f"method {method}" in err
     assert picture.exists()
+
+
+@pytest.mark.slow
+def test_nano_says_what_it_knows(capsys):
+    assert "nano knows" in call(QUESTION, "--image", SCENE, capsys=capsys)[2]
+    assert "nano knows" not in call(capsys=capsys)[2]
+    assert call("--image", SCENE, QUESTION, "--quiet", capsys=capsys) == (0, ANSWER + "\n", "")
+
+
+@pytest.mark.slow
+def test_text_without_a_font_is_left_out_of_the_overlay(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nanoglimpse.pictures.fonts._installed", lambda: ())
+    fonts._file_for.cache_clear()
+    sizes = []
+    for question, said in (("What is red?", False), ("\u6570\u5b57?", True)):
+        path = tmp_path / "o.png"
+        arguments = (question, "--image", SCENE, "--overlay", path, "--max-new-tokens", 2)
+        code, _, err = call(*arguments, capsys=capsys)
+        assert code == 0
+        assert ("without the question: no font has all of the letters" in err) == said
+        sizes.append(load_picture(path).height)
+    assert sizes[0] > sizes[1]
+    fonts._file_for.cache_clear()
+    code, _, err = call("x", "--font", SCENE, "--quiet", capsys=capsys)
+    assert (code, "is not a font" in err, err.count("\n")) == (2, True, 1)
