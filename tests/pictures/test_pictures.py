@@ -542,7 +542,7 @@ def test_stdin_cannot_be_a_picture_and_a_chat(capsys):
 
 
 def pages(path, count=2):
-    first, *rest = [Image.new("RGB", (60, 40), colour) for colour in ("red", "blue", "green")][
+    first, *rest = [Image.new("RGB", (150, 75), colour) for colour in ("red", "blue", "green")][
         :count
     ]
     first.save(path, "PDF", save_all=True, append_images=rest, resolution=pdf.DPI)
@@ -560,7 +560,7 @@ def test_pages_of_a_pdf_are_pictures(tmp_path):
     pytest.importorskip("pypdfium2")
     found = sources(str(pages(tmp_path / "x.pdf")))
     assert [one.name[-13:] for one in found] == ["x.pdf, page 1", "x.pdf, page 2"]
-    assert [one.load().size for one in found] == [(60, 40)] * 2
+    assert [one.load().size for one in found] == [(150, 75)] * 2
     assert [one.load().getpixel((30, 20))[::2] for one in found] == [(254, 0), (0, 254)]
 
 
