@@ -88,7 +88,8 @@ def fill(
     for file, name, tensor in source:
         if unused(name):
             continue
-        check(tensor.shape, wanted.get(name), f"{file}: tensor {shown(name)}")
+        needed = wanted.get(name) if name in missing else None
+        check(tensor.shape, needed, f"{file}: tensor {shown(name)}")
         missing.remove(name)
         part = table[name]
         if part.name not in state:

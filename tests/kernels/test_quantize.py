@@ -22,9 +22,9 @@ from nanoglimpse.kernels.reference.dequantize import dequantize as unpack
 from nanoglimpse.kernels.reference.table import CPU, TORCH
 from nanoglimpse.model.decoder import Decoder
 from nanoglimpse.model.layers import Linear
-from nanoglimpse.weights import checkpoint
+from nanoglimpse.weights.checkpoint import Checkpoint
 from nanoglimpse.weights.fingerprint import fingerprint
-from nanoglimpse.weights.mapping import Part, canonical, parts
+from nanoglimpse.weights.mapping import Part, parts
 from tests.helpers.prompts import QUESTION, SCENE
 from tests.helpers.tiny import chat_ids, config_dict, patches_of, write_checkpoint
 from tests.weights.test_weights import write_adapter
@@ -185,14 +185,15 @@ def test_matrices_are_quantised_while_loading(folder, monkeypatch):
         dense.discard(f"decoder.{name}")
         return whole(self, name, weight, mode)
 
-    def put(target, tensor, what):
-        dense.add(table[canonical(what.split("'")[1])].name)
-        most.append(sum("layers" in name and "weight" in name for name in dense))
-        return plain(target, tensor, what)
+    def read(self):
+        for file, name, tensor in plain(self):
+            dense.add(table[name].name)
+            most.append(sum("layers" in name and "weight" in name for name in dense))
+            yield file, name, tensor
 
-    whole, plain = Decoder.quantize, checkpoint.put
+    whole, plain = Decoder.quantize, Checkpoint.__iter__
     monkeypatch.setattr(Decoder, "quantize", quantize_one)
-    monkeypatch.setattr(checkpoint, "put", put)
+    monkeypatch.setattr(Checkpoint, "__iter__", read)
     with torch.device("meta"):
         model = Decoder(read_config(folder / "config.json"), TORCH)
     table = defaultdict(lambda: Part("", 0, 0), parts(torch.nn.ModuleDict({"decoder": model})))

@@ -207,6 +207,13 @@ def whole_numbers(file):
     torch.save(content | {"learnable_embeddings": torch.zeros(6, 1, 48, dtype=torch.int64)}, file)
 
 
+def two_heads(file):
+    """The last head by both of its names."""
+    content = torch.load(file, weights_only=True)
+    content["attn_fuser"]["attn_out_proj.bias"] = torch.zeros(1)
+    torch.save(content, file)
+
+
 def old_layout(file):
     content = torch.load(file, weights_only=True)
     torch.save(content, file, _use_new_zipfile_serialization=False)
@@ -220,6 +227,12 @@ ARCHIVES = {
     whole_numbers: "no floats",
     old_layout: "more than tensors",
 }
+
+
+def test_a_head_under_two_names_is_refused(tiny_folder, tmp_path, published):
+    two_heads(published / "new_modules_gp.pt")
+    with pytest.raises(NanoglimpseError, match=r"attn_out_proj\.bias' has no place"):
+        load(tiny_folder, glimpse=published, device="cpu")
 
 
 @pytest.mark.parametrize("damage", ARCHIVES, ids=lambda f: f.__name__)
