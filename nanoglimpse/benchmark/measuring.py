@@ -20,6 +20,8 @@ from torch import Tensor
 from nanoglimpse.benchmark import ROOT
 from nanoglimpse.benchmark.work import Cost
 from nanoglimpse.engine import Engine
+from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.files import is_stream, write_whole
 from nanoglimpse.version import VERSION
 
 # The values of all rounds, by contender and by what is measured.
@@ -105,8 +107,10 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            with suppress(OSError):  # Only Linux has this file; it sets the peak to the present.
-                Path("/proc/self/clear_refs").write_text("5")
+            peak = Path("/proc/self/clear_refs")
+            if is_stream(peak):  # Only Linux has this file; it sets the peak to the present.
+                with suppress(NanoglimpseError):
+                    write_whole(peak, b"5")
 
     def peak(self) -> int:
         """Bytes."""

@@ -166,7 +166,8 @@ def _check(args: argparse.Namespace, images: list[str | Video]) -> None:
     if args.chat and args.overlay:
         raise UsageError("--overlay cannot be combined with --chat; use /overlay FILE in the chat")
     if args.overlay:
-        check_writable(Path(args.overlay), "overlay")
+        inputs = (image.name if isinstance(image, Video) else image for image in images)
+        check_writable(Path(args.overlay), "overlay", inputs)
 
 
 def _check_session(args: argparse.Namespace) -> None:

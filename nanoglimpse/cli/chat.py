@@ -149,7 +149,7 @@ class Chat:
         if len(shown) < len(images):
             raise UsageError("a saved session has no pixels for an overlay")
         path = Path(name).expanduser()
-        check_writable(path, "overlay")
+        check_writable(path, "overlay", self._inputs())
         save_overlay(path, shown, question, answer, self.session.model.config)
         self.note(f"overlay     {path}")
 
@@ -164,9 +164,13 @@ class Chat:
     def save(self, name: str) -> None:
         """Saves the session: the encoded pictures and the conversation."""
         path = Path(name).expanduser()
-        check_writable(path, "session")
+        check_writable(path, "session", self._inputs())
         self.session.save(path)
         self.note(f"session     {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+    def _inputs(self) -> list[str]:
+        named = (image.name if isinstance(image, Video) else image for image in self.images)
+        return [name for name in named if name is not None]
 
     def alone(self, _: str) -> None:
         """Leaves the conversation, or returns to it."""
