@@ -136,10 +136,11 @@ def locked(path: Path) -> Iterator[None]:
             raise NanoglimpseError(
                 f"{path} is being written by {_holder(lock)}; wait until it ends"
             )
-        os.ftruncate(file, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        _write(file, f"process {os.getpid()} on {platform.node()} since {since}".encode())
     try:
+        with suppress(OSError):  # A full disk holds no name, but locks all the same.
+            os.ftruncate(file, 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+            _write(file, f"process {os.getpid()} on {platform.node()} since {since}".encode())
         yield
     finally:
         if WINDOWS:

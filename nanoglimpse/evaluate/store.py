@@ -47,14 +47,16 @@ def _texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_text, value))
 
 
+def _row_of(count: int, value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(map(_number, value))
+
+
 def _grid(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and all(value)
+    return _row_of(2, value) and all(_count(side) and side for side in value)
 
 
 def _boxes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(box, list) and len(box) == 4 and all(map(_number, box)) for box in value
-    )
+    return isinstance(value, list | tuple) and all(_row_of(4, box) for box in value)
 
 
 # What the values of each kind of record must be; other keys are ignored.
