@@ -280,7 +280,7 @@ def _restore(path: Path, settings: dict, masters: MasterWeights) -> int:
         step, saved, values = (state[name] for name in ("step", "same", "parameters"))
         shapes = [value.shape for value in values]
         moments = _moments(state["optimizer"]["state"])
-        of_run = saved == settings and step >= 0
+        of_run = isinstance(step, int) and step >= 0 and bool(saved == settings)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise NanoglimpseError(

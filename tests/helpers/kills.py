@@ -59,7 +59,7 @@ def in_child(call: Callable[[], int], at: int | None = None) -> int:
 
 
 def killed_everywhere(
-    call: Callable[[Path], int], begin: Callable[[Path], None], folder: Path, step: int = 1
+    call: Callable[[Path], int], begin: Callable[[Path], None], folder: Path
 ) -> Iterator[tuple[int, Path]]:
     """Yields a folder for each operation of `call`, which was killed there.
 
@@ -67,9 +67,8 @@ def killed_everywhere(
         call: the work in a folder; returns an exit code.
         begin: prepares the folder.
         folder: where the folders are made.
-        step: every how many operations one is killed.
     """
-    for at in count(0, step):
+    for at in count():
         work = folder / str(at)
         work.mkdir()
         begin(work)
