@@ -14,6 +14,7 @@ import torch
 
 from nanoglimpse.cli.ask import EXAMPLES
 from nanoglimpse.evaluate.store import ResultsFile
+from nanoglimpse.train.pretrain import write_folder
 from tests.helpers.prompts import QUESTION, SCENE
 from tests.helpers.tiny import TEXT, TOP, VISION
 
@@ -58,8 +59,8 @@ def evaluation(folder):
 
 
 def training(folder, *more):
-    (folder / "shape.json").write_text(json.dumps({**TOP, **TEXT, "vision_config": VISION}))
-    run = ["train", "base", folder / "run", "--shape", folder / "shape.json", "--steps", 2000]
+    write_folder(folder / "run", {**TOP, **TEXT, "vision_config": VISION}, 0, pictures=20)
+    run = ["train", "base", folder / "run", "--steps", 2000]
     often = ["--log-every", 1, "--save-every", 2000, "--evaluate-every", 4000, "--device", "cpu"]
     return [*run, *often, "--domains", "scene", *more]
 

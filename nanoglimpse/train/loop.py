@@ -250,9 +250,23 @@ def _batches(task: TrainTask, numbers: list[int], workers: int) -> Iterator[Any]
     # Any sequence will do as a data set; without a batch size, collate_fn is given a single entry.
     dataset, make = cast(Dataset, numbers), cast(Callable[[list], Any], task.batch)
     loader = DataLoader(
-        dataset, batch_size=None, collate_fn=make, num_workers=workers, prefetch_factor=4
+        dataset,
+        batch_size=None,
+        collate_fn=make,
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=_ignore_signals,
     )
     return iter(loader)
+
+
+def _ignore_signals(_: int) -> None:
+    """Leaves Ctrl-C and SIGTERM, which also reach subprocesses, to the process that trains.
+
+    It still needs their batches to finish its step, and ends them itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _save(path: Path, step: int, settings: dict, masters: MasterWeights) -> None:
