@@ -29,12 +29,8 @@ def start(*arguments, **options):
     command = [*MODULE, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # The shell that starts the tests may ignore Ctrl-C, which a child would inherit.
-    return subprocess.Popen(
-        command,
-        env=ENVIRONMENT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **streams | options,
-    )
+    streams["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    return subprocess.Popen(command, env=ENVIRONMENT, **streams | options)
 
 
 def ended(process, timeout=120):
