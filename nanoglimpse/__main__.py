@@ -1,10 +1,11 @@
 """`nanoglimpse COMMAND …`, and `python -m nanoglimpse`, which lists the commands."""
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
-from nanoglimpse.cli.console import fail
+from nanoglimpse.cli.console import Parser, fail, run
 from nanoglimpse.version import VERSION
 
 # Each command is a module with a function `main`; it is imported when it is asked for.
@@ -25,18 +26,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words[0] if words else "--help"
     if name in COMMANDS:
         return importlib.import_module(COMMANDS[name][0]).main(words[1:])
-    if name == "--version":
-        print(f"nanoglimpse {VERSION}")
-        return 0
-    if name in ("--help", "-h"):
-        width = max(map(len, COMMANDS))
-        print("usage: nanoglimpse COMMAND …\n")
-        print("\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()))
-        print("\nnanoglimpse COMMAND --help lists the options of a command.")
-        return 0
+    if name in SAID:
+        return run(SAID[name], Parser(), [])
     fail(f"there is no command {name}; use one of {', '.join(COMMANDS)}")
     return 2
 
+
+def _version(_: argparse.Namespace) -> int:
+    print(f"nanoglimpse {VERSION}")
+    return 0
+
+
+def _help(_: argparse.Namespace) -> int:
+    width = max(map(len, COMMANDS))
+    print("usage: nanoglimpse COMMAND …\n")
+    print("\n".join(f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()))
+    print("\nnanoglimpse COMMAND --help lists the options of a command.")
+    return 0
+
+
+SAID = {"--version": _version, "--help": _help, "-h": _help}
 
 if __name__ == "__main__":
     sys.exit(main())

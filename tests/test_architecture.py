@@ -37,7 +37,7 @@ FLOORS = (
 ENTRIES = ("__main__", "generate", "kernels.report")
 CORE = ("kernels", "kvcache", "model", "weights", "inputs", "methods", "inference", "engine")
 FUNCTION_LINES, FORWARD_LINES, ENGINE_LINES = 60, 25, 300
-CORE_CODE, PACKAGE_CODE, ENTERED_FILES = 6383, 15466, 28
+CORE_CODE, PACKAGE_CODE, ENTERED_FILES = 6383, 16147, 28
 
 
 def sources():
@@ -233,6 +233,85 @@ def test_a_checkout_is_not_part_of_the_package(name):
     code = f"import nanoglimpse.{name}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"No module named 'nanoglimpse.{name}'" in done.stderr
+
+
+# A path is written by `files` alone. These methods write, of a path or of `os` and `shutil`.
+WRITING = {"write_text", "write_bytes", "rename", "unlink", "mkdir", "makedirs", "touch", "rmdir"}
+WRITING |= {"rmtree", "copy2", "copyfile", "copytree", "move", "save_file"}
+OF_SYSTEM = {"os.replace", "os.remove", "os.truncate", "shutil.copy"}
+# Objects of ours with a `save` of their own.
+SAVED = {"session", "self.session", "task"}
+
+
+def writes(tree):
+    """Calls that write to a path, by line."""
+    nodes = list(ast.walk(tree))
+    buffers = {name for n in nodes if isinstance(n, ast.Assign) for name in buffers_of(n)}
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    return {node.lineno: ast.unparse(node) for node in calls if is_write(node, buffers)}
+
+
+def buffers_of(node):
+    """Names that an assignment gives to a BytesIO, by itself or among others."""
+    names, values = node.targets[0], node.value
+    pairs = [(names, values)]
+    if isinstance(names, ast.Tuple) and isinstance(values, ast.Tuple):
+        pairs = zip(names.elts, values.elts, strict=True)
+    return [ast.unparse(name) for name, value in pairs if ast.unparse(value) == "io.BytesIO()"]
+
+
+def is_write(node, buffers):
+    name, text = ast.unparse(node.func), ast.unparse(node)
+    owner, _, method = name.rpartition(".")
+    given = [*node.args, *(key.value for key in node.keywords)]
+    if method == "save" and owner:
+        return owner not in SAVED and not {ast.unparse(value) for value in given} & buffers
+    if method == "open":
+        modes = [str(v.value) for v in given if isinstance(v, ast.Constant)]
+        opens = any(set(m) <= set("rwxabt+") and set(m) & set("wxa+") for m in modes if m)
+        return opens or ("os.O_WRONLY" in text and "os.devnull" not in text)
+    if method == "replace" and owner and len(given) == 1:  # that of a text has two arguments
+        return True
+    return method in WRITING or name in OF_SYSTEM
+
+
+def test_only_files_writes_paths():
+    wrong = [
+        f"{name}, line {line}: {call}"
+        for name, tree in trees()
+        if name != "files"
+        for line, call in writes(tree).items()
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "path.write_text('x')",
+        "path.write_bytes(b'x')",
+        "open(path, 'w')",
+        "open(path, mode='ab')",
+        "path.open('a')",
+        "os.replace(a, b)",
+        "path.replace(other)",
+        "image.save(path)",
+        "image.save(path, 'PNG')",
+        "torch.save(state, path)",
+        "save_file(tensors, path)",
+        "os.open(path, os.O_WRONLY)",
+        "shutil.copytree(a, b)",
+    ],
+)
+def test_a_write_is_found(line):
+    assert writes(ast.parse(line))
+
+
+@pytest.mark.parametrize(
+    "line", ["text.replace('a', 'b')", "data = io.BytesIO()\nimage.save(data, 'PNG')", "open(path)"]
+)
+def test_what_does_not_write_is_allowed(line):
+    assert not writes(ast.parse(line))
 
 
 def test_nothing_is_copied_to_a_device_but_by_upload():

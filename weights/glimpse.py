@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanoglimpse.config import Config, GlimpseConfig, load_archive, read_glimpse_config, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.files import write_whole
+from nanoglimpse.files import write_whole_folder
 from nanoglimpse.kernels.interface import Ops
 from nanoglimpse.model.glimpse import Glimpse
 from nanoglimpse.weights.checkpoint import Checkpoint, check, fill, flat
@@ -122,15 +122,15 @@ def _vectors(file: Path, tensors: dict[str, Tensor], base: Config, config: Glimp
 
 
 def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """Writes both layouts into `folder`, each file completely or not at all.
+    """Writes both layouts as one folder, which appears whole or not at all.
 
     Args:
-        folder: folder to write to; created if it does not exist.
+        folder: folder to write; files of other names that it holds are kept.
         tensors: tensors by dotted name, as from `read_tensors`.
         config: content of config.json.
 
     Raises:
-        NanoglimpseError: a file cannot be written.
+        NanoglimpseError: the folder cannot be written.
     """
     sections: dict = {name: {} for name in _SECTIONS}
     for name, tensor in tensors.items():
@@ -141,6 +141,10 @@ def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None
             sections[section] = tensor
     pickled = io.BytesIO()
     torch.save(sections, pickled)
-    write_whole(folder / PUBLISHED, pickled.getvalue())
-    write_whole(folder / OWN, save({n: tensor.contiguous() for n, tensor in tensors.items()}))
-    write_whole(folder / "config.json", json.dumps(config, indent=2).encode())
+    own = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    files = {
+        PUBLISHED: pickled.getvalue(),
+        OWN: own,
+        "config.json": json.dumps(config, indent=2).encode(),
+    }
+    write_whole_folder(folder, files)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.engine import Engine
+from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.files import is_stream, write_whole
 
 # The values of all rounds, by contender and by what is measured.
 Figures = dict[str, dict[str, list[Any]]]
@@ -133,8 +135,10 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
-            with suppress(OSError):  # Only Linux has this file; it sets the peak to the present.
-                Path("/proc/self/clear_refs").write_text("5")
+            peak = Path("/proc/self/clear_refs")
+            if is_stream(peak):  # Only Linux has this file; it sets the peak to the present.
+                with suppress(NanoglimpseError):
+                    write_whole(peak, b"5")
 
     def peak(self) -> int:
         """Bytes."""

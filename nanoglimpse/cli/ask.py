@@ -210,7 +210,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.font:
         check_font(Path(args.font))
     if args.overlay:
-        check_writable(Path(args.overlay), "overlay")
+        check_writable(Path(args.overlay), "overlay", args.image)
 
 
 def _check_session(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from nanoglimpse.cli.console import Progress, note
 from nanoglimpse.cli.options import load_engine, prompt_options, pruning_of, sampling_of
 from nanoglimpse.cli.report import as_dict
 from nanoglimpse.errors import NanoglimpseError, UsageError, one_line
-from nanoglimpse.files import check_writable
+from nanoglimpse.files import check_writable, locked
 from nanoglimpse.jsonl import Journal, read_rows
 from nanoglimpse.pictures.fetch import NAMED, shown
 from nanoglimpse.pictures.video import Video
@@ -129,13 +129,14 @@ class AnswerFile:
         Questions that failed are asked again.
         """
         answers: dict[int, dict] = {}
-        if not journal.path.exists():
-            return set()
-        for number, row in journal.read():
+        rows = journal.read()
+        for number, row in rows:
             self._check(row, f"{journal.path}, line {number},", questions)
             if "answer" in row:
                 answers.setdefault(row["index"], row)
-        journal.write(answers.values())
+        journal.mend()
+        if len(answers) < len(rows):
+            journal.write(answers.values())
         return set(answers)
 
     def _check(self, row: Any, where: str, questions: list[FileQuestion]) -> None:
@@ -185,16 +186,27 @@ def answer_file(args: argparse.Namespace, given: dict[str, Any]) -> int:
         )
     pruning_of(args), sampling_of(args)
     output = Path(args.output) if args.output else None
-    if output:
-        check_writable(output, "results")
     questions = read_questions(Path(args.batch_file), args.fps, args.max_frames)
     settings = {name: value for name, value in given.items() if name not in APART}
-    results = AnswerFile(output, questions, settings)
+    if output is None:
+        return _answer_file(args, AnswerFile(None, questions, settings))
+    check_writable(output, "results", [args.batch_file, *_files(questions)])
+    with locked(output):
+        return _answer_file(args, AnswerFile(output, questions, settings))
+
+
+def _files(questions: list[FileQuestion]) -> set[Path]:
+    """The pictures, and the videos that are files."""
+    visuals = (visual for question in questions for visual in question.visuals)
+    return {Path(v.name if isinstance(v, Video) else v) for v in visuals}
+
+
+def _answer_file(args: argparse.Namespace, results: AnswerFile) -> int:
     if results.left:
         try:
             _answer_all(args, results)
         except KeyboardInterrupt as interruption:
-            again = "; the same command continues from there" if output else ""
+            again = "; the same command continues from there" if args.output else ""
             done = f"interrupted: {results.done} of {results.total} questions answered{again}"
             raise console.Stopped(done, interruption) from None
     note(args)(f"questions   {results.done} of {results.total}")

@@ -158,7 +158,7 @@ class Chat:
         if len(shown) < len(images):
             raise UsageError("a saved session has no pixels for an overlay")
         path = Path(name).expanduser()
-        check_writable(path, "overlay")
+        check_writable(path, "overlay", self._inputs())
         config = self.session.model.config
         left_out = save_overlay(path, shown, question, answer, config, self.font)
         for line in overlay_lines(path, left_out):
@@ -175,9 +175,13 @@ class Chat:
     def save(self, name: str) -> None:
         """Saves the session: the encoded pictures and the conversation."""
         path = Path(name).expanduser()
-        check_writable(path, "session")
+        check_writable(path, "session", self._inputs())
         self.session.save(path)
         self.note(f"session     {path}, {path.stat().st_size / 1e6:.2f} MB")
+
+    def _inputs(self) -> list[str]:
+        """Names of what has been opened; those of pages and URLs name no file."""
+        return [image.name for image in self.images if image is not None]
 
     def alone(self, _: str) -> None:
         """Leaves the conversation, or returns to it."""

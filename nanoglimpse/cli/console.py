@@ -1,6 +1,7 @@
 """What all commands share: options, errors in one line, exit codes, signals, progress."""
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from nanoglimpse.errors import NanoglimpseError, one_line
 
 # Seconds between two lines of progress, and between two updates of a line on a terminal.
 EVERY, REWRITE = 10.0, 0.1
+# Errors of a disk without space, or with a limit that the output reaches.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,11 +126,13 @@ def run(
         The command's exit code; 2 for misuse, 1 for failure, 130 after Ctrl-C, 143 after SIGTERM.
     """
     _open_streams()
-    args = parser.parse_args(arguments)
-    if getattr(args, "offline", False):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, and by `fetch`
-    with _terminable():
+    with _terminable(), _settled():
+        args = argparse.Namespace(debug=False)
         try:
+            args = parser.parse_args(arguments)
+            if getattr(args, "offline", False):
+                # Read when huggingface_hub is imported, and by `fetch`.
+                os.environ["HF_HUB_OFFLINE"] = "1"
             code = command(args)
             sys.stdout.flush()
             return code
@@ -139,17 +144,34 @@ def run(
             fail(interrupted, args.debug)
             return exit_code(error)
         except BrokenPipeError:
-            # Nobody reads stdout any more; flushing it at exit would raise the error again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
+            return 1  # Nobody reads stdout any more.
         except Exception as error:
             first = str(error).partition("\n")[0]
             if is_out_of_memory(error):
                 reason = first.partition(". ")[0] or "allocation failed"
                 fail(f"not enough memory ({reason}); {memory}", args.debug)
+            elif isinstance(error, OSError) and error.errno in FULL:
+                fail(f"the output cannot be written: {error.strerror}", args.debug)
             else:
                 fail(f"{type(error).__name__}: {first} (--debug shows where)", args.debug)
             return 1
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Flushes both streams at the end, and gives up those that cannot be written.
+
+    Python flushes them once more when it exits, and would then end with code 120.
+    """
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                with suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager

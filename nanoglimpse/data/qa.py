@@ -38,16 +38,20 @@ class QA:
         answer: the expected reply.
         short: the part of the answer that matters.
         boxes: the evidence, as shares of width and height.
+        answers, shorts: all right answers and all right short ones, if there are several.
     """
 
     question: str
     answer: str
     short: str
     boxes: tuple[Box, ...]
+    answers: tuple[str, ...] = ()
+    shorts: tuple[str, ...] = ()
 
     def brief(self) -> "QA":
         """The same question with a request for a single word, and its short answer."""
-        return replace(self, question=self.question + BRIEF_SUFFIX, answer=self.short)
+        question = self.question + BRIEF_SUFFIX
+        return replace(self, question=question, answer=self.short, answers=self.shorts)
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,14 @@ def token_mask(boxes: Sequence[Box], grid: Grid, config: Config) -> Tensor:
     """Bool [N], the visual tokens that the boxes cover.
 
     As in the official code both ends of a box are inclusive, so that a box which ends exactly on
-    the border of a cell also marks the next cell.
+    the border of a cell also marks the next cell. What is outside the picture marks nothing.
     """
     merge = config.vision_config.spatial_merge_size
     height, width = grid[1] // merge, grid[2] // merge
     mask = torch.zeros(height, width, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
-        columns = slice(int(x0 * width), min(int(x1 * width), width - 1) + 1)
-        rows = slice(int(y0 * height), min(int(y1 * height), height - 1) + 1)
-        mask[rows, columns] = True
+        if x1 >= 0 and y1 >= 0:
+            columns = slice(int(max(x0, 0) * width), min(int(x1 * width), width - 1) + 1)
+            rows = slice(int(max(y0, 0) * height), min(int(y1 * height), height - 1) + 1)
+            mask[rows, columns] = True
     return mask.flatten()

@@ -1,19 +1,21 @@
 """Where training gets its examples: the synthetic world, or a file."""
 
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 from typing import Protocol
 
 from nanoglimpse.data.qa import Example, draw_questions
-from nanoglimpse.data.viscot import Row, read_rows
-from nanoglimpse.errors import UsageError
-from nanoglimpse.pictures.picture import load_picture
+from nanoglimpse.data.viscot import Row, read_questions
+from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.world import DOMAINS, SPLITS, render
 from nanoglimpse.world.types import CELL
 
-HELDOUT_COUNT = 48
+HELDOUT_COUNT, NAMED = 48, 5
 CELLS = ((8, 8), (10, 10), (12, 12), (16, 12), (16, 16), (20, 20))
 CANVASES = tuple((CELL * wide, CELL * high) for wide, high in CELLS)
 
@@ -79,27 +81,74 @@ class WorldExamples(ExampleSource):
 
 
 class FileExamples(ExampleSource):
-    """Examples of a .jsonl with evidence; see `viscot` for its layouts.
+    """Examples of a file of questions; see `viscot` for its layouts.
+
+    Every picture is decoded once before the first step, so that none of them ends the training.
+
+    Args:
+        path: the file.
+        pictures: the folder of its pictures.
+        seed: of the order of the questions.
+        progress: called with the numbers of checked and of all pictures.
 
     Attributes:
-        rows: the questions whose picture exists; the last ones are held out.
+        rows: the usable questions; the last ones are held out.
         count: the number of rows that are not held out.
         missing: the missing pictures, one per question.
+        damaged: why a picture cannot be used, one per question.
+        boxless, outside: names of the questions without boxes, and of those all of whose boxes are
+            outside the picture. They have no evidence.
+        located: the number of questions with evidence.
     """
 
-    def __init__(self, path: Path, pictures: Path, seed: int):
+    def __init__(
+        self,
+        path: Path,
+        pictures: Path,
+        seed: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
         self.seed = seed
+        rows = read_questions(path, pictures).checked()
+        self.missing = [str(row.picture) for row in rows if not isfile(row.picture)]
+        found = [row for row in rows if isfile(row.picture)]
         self.rows: list[Row] = []
-        self.missing: list[str] = []
-        for row in read_rows(path, pictures, need_boxes=True):
-            if row.picture.is_file():
-                self.rows.append(row)
-            else:
-                self.missing.append(str(row.picture))
+        self.damaged: list[str] = []
+        self.boxless: list[str] = []
+        self.outside: list[str] = []
+        self.located = 0
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            for done, (row, checked) in enumerate(zip(found, pool.map(_check, found), strict=True)):
+                self._take(row, checked)
+                progress(done + 1, len(found))
         if not self.rows:
-            first = f"; the first missing picture is {self.missing[0]}" if self.missing else ""
-            raise UsageError(f"{path} has no usable questions{first}")
+            reasons = [f"the first missing picture is {name}" for name in self.missing[:1]]
+            reasons += self.damaged[:1]
+            raise UsageError("; ".join([f"{path} has no usable questions", *reasons]))
         self.count = len(self.rows) - min(HELDOUT_COUNT, len(self.rows) // 10)
+
+    def _take(self, row: Row, checked: "str | Evidence") -> None:
+        if isinstance(checked, str):
+            self.damaged.append(checked)
+            return
+        self.rows.append(row)
+        self.located += checked.located
+        if checked.outside:
+            self.outside.append(row.name)
+        if not row.has_boxes:
+            self.boxless.append(row.name)
+
+    def lacks(self) -> Iterator[str]:
+        """A line for each kind of question that is left out or has no evidence."""
+        for names, what in (
+            (self.missing, "questions are left out, since their pictures are missing"),
+            (self.damaged, "questions are left out"),
+            (self.boxless, "questions have no boxes and train the language loss alone"),
+            (self.outside, "questions have boxes outside their picture only, so no evidence"),
+        ):
+            if names:
+                more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+                yield f"{len(names)} {what}: {', '.join(names[:NAMED])}{more}"
 
     def examples(self, micro: int) -> list[Example]:
         """One question; every epoch has its own order."""
@@ -113,8 +162,26 @@ class FileExamples(ExampleSource):
         return [_example(row) for row in self.rows[self.count :]]
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """Whether a question has evidence, and whether all its boxes are outside the picture."""
+
+    located: bool
+    outside: bool
+
+
+def _check(row: Row) -> Evidence | str:
+    """What is known of a row once its picture has been decoded, or why it cannot be used."""
+    try:
+        opened = row.opened()
+    except NanoglimpseError as error:
+        return str(error)
+    return Evidence(bool(opened.boxes), opened.outside)
+
+
 def _example(row: Row) -> Example:
-    return Example(load_picture(row.picture), (row.qa,))
+    opened = row.opened()
+    return Example(opened.image, (replace(row.qa, boxes=opened.boxes),))
 
 
 def domains_of(data: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ has a language model grade the answers.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from nanoglimpse.evaluate.run import MAX_NEW_TOKENS, QuestionBatch, answer_batch
 from nanoglimpse.evaluate.store import ResultsFile
 from nanoglimpse.evaluate.tables import as_csv, document, progress_table
 from nanoglimpse.evaluate.variants import Variant, check_variants, combine
-from nanoglimpse.files import write_whole
+from nanoglimpse.files import locked, refuse_inputs, write_whole
 from nanoglimpse.methods import METHODS
 from nanoglimpse.version import VERSION
 from nanoglimpse.weights.fingerprint import fingerprint
@@ -68,31 +69,43 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
     source = _source(args)
     engine = load_engine(args, device=local_device(args.device))
     check_variants(engine, variants)
-    results, done = _resume(args, engine, source, group)
-    if source.missing:
-        note(args)(_missing_note(source.missing))
-    _run(engine, variants, source, results, done, args, group)
-    if results:
-        if judge:
-            _grade(results, judge, args)
-        names = {variant.name for variant in variants}
-        shown = [one for one in variant_results(results) if one.name in names]
-        print(progress_table(shown, source.groups))
+    with ExitStack() as held:
+        results, done = _resume(args, engine, source, group, held)
+        if source.missing:
+            note(args)(_missing_note(source.missing))
+        _run(engine, variants, source, results, done, args, group)
+        if results:
+            for line in _gaps(results):
+                note(args)(line)
+            if judge:
+                _grade(results, judge, args)
+            names = {variant.name for variant in variants}
+            shown = [one for one in variant_results(results) if one.name in names]
+            print(progress_table(shown, source.groups))
     return 0
 
 
 def _resume(
-    args: argparse.Namespace, engine: Engine, source: QuestionSource, group: ProcessGroup
+    args: argparse.Namespace,
+    engine: Engine,
+    source: QuestionSource,
+    group: ProcessGroup,
+    held: ExitStack,
 ) -> tuple[ResultsFile | None, set]:
-    """Opens the results in process 0 and tells every process which of them exist."""
+    """Opens the results in process 0 and tells every process which of them exist.
+
+    `held` gets the lock of their file.
+    """
     results: ResultsFile | None = None
     state: set | NanoglimpseError = set()
     if group.rank == 0:
         try:
+            if args.out:
+                held.enter_context(locked(args.out))
             results = ResultsFile.resume(args.out, _options(args, engine, source))
             if source.missing != results.missing:
                 results.add([{"missing": list(source.missing)}])
-            state = results.done
+            state = set(results.done)
         except NanoglimpseError as error:
             state = error
     state = group.share(state)
@@ -119,11 +132,8 @@ def _options(args: argparse.Namespace, engine: Engine, source: QuestionSource) -
 
 def _missing_note(missing: Sequence[str]) -> str:
     names = list(dict.fromkeys(missing))
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return (
-        f"{len(names)} pictures are missing, {len(missing)} questions are left out: "
-        f"{', '.join(names[:NAMED])}{more}"
-    )
+    left_out = f"{len(names)} pictures are missing, {len(missing)} questions are left out"
+    return f"{left_out}: {_named(names)}"
 
 
 def _run(
@@ -161,13 +171,17 @@ def _run(
                 if (batch := cached.get((variant.brief, key))) is None:
                     batch = QuestionBatch(engine, questions, vision.setdefault(key, {}), **options)
                     cached[variant.brief, key] = batch
-                records = answer_batch(
-                    batch, variant, max_new_tokens=args.max_new_tokens, gallery=args.gallery
-                )
-            records = group.gather([*pictures(questions, args.gallery), *records])
+                records = [
+                    *pictures(batch, args.gallery),
+                    *batch.failed,
+                    *answer_batch(
+                        batch, variant, max_new_tokens=args.max_new_tokens, gallery=args.gallery
+                    ),
+                ]
+            records = group.gather(records)
             count += sum(map(len, todo))
             if results:
-                results.add([r for r in records if r.get("picture") not in results.pictures])
+                results.add([record for record in records if results.is_new(record)])
             show(count)
 
 
@@ -182,6 +196,8 @@ def _source(args: argparse.Namespace) -> QuestionSource:
         return WorldQuestions(seed, args.domains, count, args.kinds)
     if args.kinds:
         raise UsageError("--kinds applies to the world only; leave it out for files")
+    if args.out:
+        refuse_inputs(args.out, "results", args.data)
     return FileQuestions([Path(path) for path in args.data], args.images, args.count)
 
 
@@ -210,8 +226,10 @@ def judge_file(args: argparse.Namespace) -> int:
     if not args.judge_url:
         raise UsageError("--judge-url is required, for example http://localhost:8000/v1")
     judge = _judge(args)
-    results = ResultsFile.resume(args.file, ResultsFile.read(args.file).options)
-    _grade(results, judge, args)
+    options = ResultsFile.read(args.file).options
+    with locked(args.file):
+        results = ResultsFile.resume(args.file, options)
+        _grade(results, judge, args)
     groups = list(dict.fromkeys(row["group"] for row in results.rows))
     print(progress_table(variant_results(results), groups))
     return 0
@@ -231,6 +249,9 @@ def _report_parser() -> Parser:
 
 def report(args: argparse.Namespace) -> int:
     """`report FILE …`: prints tables in Markdown, and writes all figures as CSV and as a page."""
+    for path, what in ((args.csv, "table"), (args.html, "page")):
+        if path:
+            refuse_inputs(path, what, args.files)
     variants, files = read_variants(args.files)
     score = args.score or best_score(variants)
     if not any(variant.get(score) for variant in variants):
@@ -244,6 +265,22 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _gaps(results: ResultsFile) -> Iterator[str]:
+    """A line about questions that failed, and one about those whose evidence is no evidence."""
+    if results.errors:
+        yield f"{len(results.errors)} questions failed: {_named(results.errors.values())}"
+    outside = dict.fromkeys(row["question"] for row in results.rows if row.get("outside"))
+    if outside:
+        yield f"the boxes of {len(outside)} questions are outside the picture: {_named(outside)}"
+
+
+def _named(names: Iterable[str]) -> str:
+    """The first few of several names or reasons."""
+    first = list(names)
+    more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
+    return f"{', '.join(first[:NAMED])}{more}"
+
+
 def _notes(path: Path, results: ResultsFile) -> Iterator[str]:
     """The model, the data and the gaps of a file, a line each."""
     o = results.options
@@ -251,6 +288,7 @@ def _notes(path: Path, results: ResultsFile) -> Iterator[str]:
     yield f"{path.name}: {o.get('model')}, {o.get('dtype')}, {data}."
     if results.missing:
         yield f"{path.name}: {_missing_note(results.missing)}."
+    yield from (f"{path.name}: {line}." for line in _gaps(results))
     if verdicts := list(results.verdicts.values()):
         unclear = sum(not verdict["understood"] for verdict in verdicts)
         yield (

@@ -1,6 +1,7 @@
 """The questions of a comparison: from the synthetic world, VisCoT's benchmark, or a .jsonl."""
 
 import hashlib
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,10 +12,9 @@ from typing import Protocol
 from PIL import Image
 
 from nanoglimpse.data.qa import QA, as_qa
-from nanoglimpse.data.viscot import Row, read_benchmark, read_rows
+from nanoglimpse.data.viscot import Row, read_questions
 from nanoglimpse.errors import UsageError
-from nanoglimpse.pictures.picture import load_picture
-from nanoglimpse.world import QUESTION_KINDS, SPLITS, Box, render
+from nanoglimpse.world import QUESTION_KINDS, SPLITS, render
 
 PER_PICTURE = 4
 
@@ -28,9 +28,10 @@ class EvalQuestion:
         group: the data set or domain in whose mean the question counts.
         kind: the kind of question, "" if unknown.
         picture: a file or an image.
-        qa: the question as the model reads it; without boxes if there is a `pixel_box`.
-        pixel_box: the evidence in pixels, until the size of the picture is known.
+        qa: the question as the model reads it.
+        row: the row of a file whose picture has not been opened yet.
         number: the number of the question in its group, from 0.
+        outside: whether its boxes are all outside the picture.
     """
 
     name: str
@@ -38,23 +39,21 @@ class EvalQuestion:
     kind: str
     picture: Path | Image.Image
     qa: QA
-    pixel_box: Box | None = None
+    row: Row | None = None
     number: int = 0
+    outside: bool = False
 
     def loaded(self) -> "EvalQuestion":
         """The question with its picture in memory and its evidence as shares of the picture.
 
         Raises:
-            NanoglimpseError: the picture is damaged.
+            UsageError, NanoglimpseError: as `Row.opened`.
         """
-        image, box = load_picture(self.picture), self.pixel_box
-        if box is None:
-            return replace(self, picture=image)
-        sides = (*image.size, *image.size)
-        shares = (min(max(at / side, 0.0), 1.0) for at, side in zip(box, sides, strict=True))
-        x0, y0, x1, y1 = shares
-        qa = replace(self.qa, boxes=((x0, y0, x1, y1),))
-        return replace(self, picture=image, qa=qa, pixel_box=None)
+        if self.row is None:
+            return self
+        opened = self.row.opened()
+        qa = replace(self.qa, boxes=opened.boxes)
+        return replace(self, picture=opened.image, qa=qa, row=None, outside=opened.outside)
 
 
 class QuestionSource(Protocol):
@@ -128,20 +127,23 @@ class FileQuestions(QuestionSource):
         self.missing: list[str] = []
         self._questions: list[EvalQuestion] = []
         numbers: Counter[str] = Counter()
-        for path in paths:
-            for row in _read(path, pictures or path.parent):
-                if not row.picture.is_file():
+        prefixes = _prefixes(paths)
+        for path, prefix in zip(paths, prefixes, strict=True):
+            for row in read_questions(path, pictures or path.parent, prefix).checked():
+                if not os.path.isfile(row.picture):
                     self.missing.append(str(row.picture))
                 elif count is None or numbers[row.group] < count:
-                    self._questions.append(EvalQuestion(**vars(row), number=numbers[row.group]))
+                    own = (row.name, row.group, row.kind, row.picture, row.qa, row)
+                    self._questions.append(EvalQuestion(*own, number=numbers[row.group]))
                     numbers[row.group] += 1
         if not self._questions:
             first = f"; the first missing picture is {self.missing[0]}" if self.missing else ""
             raise UsageError(f"{', '.join(map(str, paths))}: no usable questions{first}")
-        _check_names(self._questions)
         self.groups, self.total = list(numbers), len(self._questions)
         contents = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths]
-        self.identity = dict(zip([path.name for path in paths], contents, strict=True))
+        names = [path.name for path in paths]
+        names = names if len({*names}) == len(names) else list(map(str, paths))
+        self.identity = dict(zip(names, contents, strict=True))
 
     def questions(self, brief: bool) -> Iterator[EvalQuestion]:
         """Questions in the order of the files."""
@@ -149,14 +151,14 @@ class FileQuestions(QuestionSource):
             yield replace(question, qa=question.qa.brief()) if brief else question
 
 
-def _read(path: Path, pictures: Path) -> Iterator[Row]:
-    """Reads a file; the suffix .json stands for VisCoT's benchmark, any other for a .jsonl."""
-    if path.suffix == ".json":
-        return read_benchmark(path, pictures)
-    return read_rows(path, pictures, need_boxes=False)
+def _prefixes(paths: Sequence[Path]) -> list[str]:
+    """What the names of the questions of each file begin with: its name, where no two have one.
 
-
-def _check_names(questions: Sequence[EvalQuestion]) -> None:
-    for name, count in Counter(question.name for question in questions).items():
-        if count > 1:
-            raise UsageError(f"question {name} occurs {count} times; give every file once")
+    Raises:
+        UsageError: a file is given twice.
+    """
+    for number, path in enumerate(paths):
+        if any(path.resolve() == other.resolve() for other in paths[:number]):
+            raise UsageError(f"{path} is given twice; give every file once")
+    stems = Counter(path.stem for path in paths)
+    return [path.stem if stems[path.stem] == 1 else str(path) for path in paths]

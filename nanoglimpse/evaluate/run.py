@@ -13,13 +13,15 @@ from torch import Tensor
 
 from nanoglimpse.data.qa import Example, token_mask
 from nanoglimpse.engine import Engine
+from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.evaluate.questions import EvalQuestion, QuestionSource
-from nanoglimpse.evaluate.scores import anls, contains, exact, overlap, token_f1
+from nanoglimpse.evaluate.scores import anls, best, contains, exact, overlap, token_f1
 from nanoglimpse.evaluate.variants import Variant
 from nanoglimpse.flops import RowCounts, count
 from nanoglimpse.inference.decode import lookahead
 from nanoglimpse.inference.outputs import Clock, Prefill, peak_bytes
 from nanoglimpse.inputs.images import joined
+from nanoglimpse.inputs.prompt import Prompt
 from nanoglimpse.methods.base import Needs
 from nanoglimpse.model.vision import VisionOutput
 from nanoglimpse.pictures.picture import load_picture
@@ -42,7 +44,8 @@ class QuestionBatch:
     """A batch of questions; its pictures are read and encoded once for all variants.
 
     Attributes:
-        questions: the questions with their pictures in memory.
+        questions: the questions with their pictures in memory, without those in `failed`.
+        failed: a record for each question whose picture cannot be used.
         prompts: a prompt for each question.
         masks: bool [N] for each question, the visual tokens of its evidence.
         preprocess: the milliseconds spent on reading the pictures.
@@ -65,11 +68,17 @@ class QuestionBatch:
             prompt_options: keyword arguments of `Engine.prompt`.
         """
         self.engine, begun = engine, time.perf_counter()
-        self.questions = [question.loaded() for question in questions]
-        self.prompts = [
-            engine.prompt(question.picture, question.qa.question, **prompt_options)
-            for question in self.questions
-        ]
+        self.questions: list[EvalQuestion] = []
+        self.prompts: list[Prompt] = []
+        self.failed: list[dict] = []
+        for question in questions:
+            try:
+                loaded = question.loaded()
+                asked = loaded.qa.question
+                self.prompts.append(engine.prompt(loaded.picture, asked, **prompt_options))
+                self.questions.append(loaded)
+            except NanoglimpseError as error:
+                self.failed.append({"question": question.name, "error": str(error)})
         self.preprocess = 1000 * (time.perf_counter() - begun)
         self.masks = [
             token_mask(question.qa.boxes, prompt.grids[0], engine.config)
@@ -108,6 +117,8 @@ def answer_batch(
             importance.
     """
     engine, questions = batch.engine, batch.questions
+    if not questions:
+        return []
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
     pruning = variant.pruning.resolve(engine.model)
@@ -145,21 +156,23 @@ def _peak(device: torch.device) -> int | None:
 
 def _scored(question: EvalQuestion, variant: Variant, reply: str) -> dict:
     """A reply with its scores, and the question and the variant that it comes from."""
-    wanted, short = question.qa.answer, question.qa.short
+    qa = question.qa
+    answers, shorts = qa.answers or (qa.answer,), qa.shorts or (qa.short,)
     return {
         "question": question.name,
         "arm": variant.name,
         **vars(variant),
         "group": question.group,
         "kind": question.kind,
-        "asked": question.qa.question,
-        "wanted": wanted,
-        "short": short,
+        "asked": qa.question,
+        "wanted": " or ".join(answers),
+        "short": " or ".join(shorts),
         "reply": reply,
-        "contains": contains(reply, short),
-        "exact": exact(reply, wanted),
-        "anls": anls(reply, wanted),
-        "f1": token_f1(reply, wanted),
+        "contains": best(contains, reply, shorts),
+        "exact": best(exact, reply, answers),
+        "anls": best(anls, reply, answers),
+        "f1": best(token_f1, reply, answers),
+        **({"outside": True} if question.outside else {}),
     }
 
 
@@ -239,9 +252,9 @@ def bits(mask: Tensor) -> str:
     return f"{int(text or '0', 2):0{len(text) // 4}x}"
 
 
-def pictures(questions: Sequence[EvalQuestion], gallery: int) -> Iterator[dict]:
+def pictures(batch: QuestionBatch, gallery: int) -> Iterator[dict]:
     """Records of small pictures, for the first `gallery` questions of each group."""
-    for question in [question for question in questions if question.number < gallery]:
+    for question in [question for question in batch.questions if question.number < gallery]:
         image, data = load_picture(question.picture).copy(), io.BytesIO()
         image.thumbnail((THUMB, THUMB))
         image.save(data, "JPEG", quality=85)

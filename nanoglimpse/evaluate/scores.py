@@ -3,11 +3,19 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from torch import Tensor
 
 # ANLS counts an answer below this similarity as wrong (Biten et al., arXiv 1905.13648).
 ANLS_FLOOR = 0.5
+Score = TypeVar("Score", bool, float)
+
+
+def best(score: Callable[[str, str], Score], reply: str, answers: Iterable[str]) -> Score:
+    """The score of a reply against that of several right answers to which it comes closest."""
+    return max(score(reply, answer) for answer in answers)
 
 
 def contains(reply: str, short: str) -> bool:

@@ -6,9 +6,11 @@ all visual tokens again. Answers are those of `Engine.ask`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import cast
 
 import torch
@@ -43,7 +45,8 @@ class QuestionOptions(TypedDict, total=False):
 class Session:
     """Encoded pictures, for any number of questions in any order.
 
-    Sessions of the same engine are independent of each other.
+    Sessions of the same engine are independent of each other. Threads may share a session: the
+    turns of `chat` follow each other, and none is lost.
 
     Args:
         model, processor: model and processor of the engine.
@@ -64,6 +67,7 @@ class Session:
         self._prefill, self._decode = prefill, decode
         self._turns = list(data.turns)
         self._open: tuple[str, Stream] | None = None
+        self._lock = RLock()
 
     @property
     def pruning(self) -> ResolvedPruning:
@@ -94,14 +98,16 @@ class Session:
     @property
     def turns(self) -> list[tuple[str, str]]:
         """Questions and answers of the conversation, including an unfinished answer."""
-        if self._open is None:
-            return list(self._turns)
-        question, stream = self._open
+        with self._lock:
+            if self._open is None:
+                return list(self._turns)
+            question, stream = self._open
         return [*self._turns, *([(question, stream.text)] if stream.token_ids else [])]
 
     def reset(self) -> None:
         """Forgets the conversation, and keeps the pictures."""
-        self._turns, self._open = [], None
+        with self._lock:
+            self._turns, self._open = [], None
 
     def add(self, images: Visual | Sequence[Visual] | Prompt) -> None:
         """Adds pictures after the existing ones, before the first question of the conversation.
@@ -114,11 +120,12 @@ class Session:
         Raises:
             UsageError, NanoglimpseError: as `Engine.session`; the session is unchanged.
         """
-        data, more = self.data, images
-        if not isinstance(more, Prompt):
-            parts = [*([] if self.prompt.grids else ["user\n"]), *as_visuals(more)]
-            more = self.processor.fill(parts, data.min_pixels, data.max_pixels)
-        self.data = _extended(self.model, data, more)
+        with self._lock:
+            data, more = self.data, images
+            if not isinstance(more, Prompt):
+                parts = [*([] if self.prompt.grids else ["user\n"]), *as_visuals(more)]
+                more = self.processor.fill(parts, data.min_pixels, data.max_pixels)
+            self.data = _extended(self.model, data, more)
 
     def tail(self, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
         """The prompt after the pictures: earlier turns and the question, in the chat layout."""
@@ -171,26 +178,28 @@ class Session:
             follow_up: whether the question continues the conversation, as in `chat`.
             options: keywords of `prefill` and `Engine.decode`.
         """
-        history = self.turns if follow_up else []
-        prompt, prefill, decode, others = split(cast(AskOptions, options), self.model)
-        prefill.update(others)  # which `prefill` refuses, as a session has its own pruning
-        stream = Stream(
-            self.model,
-            self.processor,
-            partial(self.tail, question, history, **prompt),
-            partial(self.prefill, **prefill),
-            self._decode,
-            decode,
-        )
-        if follow_up:
-            self._turns, self._open = history, (question, stream)
+        with self._lock if follow_up else nullcontext():
+            history = self.turns if follow_up else []
+            prompt, prefill, decode, others = split(cast(AskOptions, options), self.model)
+            prefill.update(others)  # which `prefill` refuses, as a session has its own pruning
+            stream = Stream(
+                self.model,
+                self.processor,
+                partial(self.tail, question, history, **prompt),
+                partial(self.prefill, **prefill),
+                self._decode,
+                decode,
+            )
+            if follow_up:
+                self._turns, self._open = history, (question, stream)
         return stream
 
     def ask(
         self, question: str, *, follow_up: bool = False, **options: Unpack[QuestionOptions]
     ) -> Answer:
         """The answer to a question on its own; arguments as `stream`."""
-        return self.stream(question, follow_up=follow_up, **options).finish()
+        with self._lock if follow_up else nullcontext():
+            return self.stream(question, follow_up=follow_up, **options).finish()
 
     def chat(self, question: str, **options: Unpack[QuestionOptions]) -> Answer:
         """The answer to the next question of the conversation; arguments as `stream`.

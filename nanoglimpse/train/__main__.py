@@ -1,8 +1,13 @@
-"""Trains glimpse weights or a small base model: `nanoglimpse train base|glimpse FOLDER …`."""
+"""Trains glimpse weights or a small base model: `nanoglimpse train base|glimpse FOLDER …`.
+
+`nanoglimpse train check FILE` says what of a file of questions can be trained on.
+"""
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +15,17 @@ from typing import Any
 import torch
 
 from nanoglimpse.cli import console
-from nanoglimpse.cli.console import Parser, adder
+from nanoglimpse.cli.console import Parser, Progress, adder
 from nanoglimpse.cli.options import add_shared
 from nanoglimpse.config import Config, GlimpseConfig, check_glimpse, read_json
 from nanoglimpse.data.sources import FileExamples, WorldExamples, domains_of
 from nanoglimpse.distributed import local_device, num_processes
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import UsageError
+from nanoglimpse.files import locked
 from nanoglimpse.loader import load
 from nanoglimpse.methods.schedule import two_thirds
+from nanoglimpse.train.check import check_file
 from nanoglimpse.train.curriculum import CURRICULA
 from nanoglimpse.train.glimpse import GlimpseTask, LossWeights
 from nanoglimpse.train.loop import SCHEDULES, STATE, Recipe, TrainTask, train
@@ -45,7 +52,7 @@ def _command(args: argparse.Namespace) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="nanoglimpse train", description=__doc__)
-    kinds = parser.add_subparsers(required=True, metavar="base|glimpse")
+    kinds = parser.add_subparsers(required=True, metavar="base|glimpse|check")
     base = kinds.add_parser("base", help="train a small Qwen2.5-VL from scratch on the world")
     base.set_defaults(run=_base)
     optimisation = {"betas": (0.9, 0.98), "weight_decay": 0.01, "accumulate": 1}
@@ -57,6 +64,12 @@ def _parser() -> Parser:
     _add_common(glimpse, steps=0)
     _add_data(glimpse)
     _add_glimpse(glimpse)
+    check = kinds.add_parser("check", help="say what of a file can be trained on, and draw it")
+    check.set_defaults(run=check_file, threads=0)
+    add = adder(check)
+    add("file", Path, "file of questions with evidence")
+    add("--images", Path, "folder of the pictures", "that of the file")
+    add("--sheet", "check.png", "picture to draw, of the first questions with their boxes")
     return parser
 
 
@@ -77,7 +90,7 @@ def _add_base(parser: Parser) -> None:
 
 
 def _add_data(parser: Parser) -> None:
-    data = "world, world:DOMAINS (as scene,chart; repeat one to draw it more often) or a .jsonl"
+    data = "world, world:DOMAINS (as scene,chart; repeat one to draw it more often) or a file"
     brief = "world: share of the micro-batches with brief prompts"
     add_shared(parser, "model", "--model", "--offline")
     add = adder(parser.add_argument_group("data"))
@@ -175,6 +188,17 @@ def _base(args: argparse.Namespace) -> int:
     init = None
     if args.init and not (args.folder / STATE).exists():
         init = locate(args.init, [*SETTINGS, "*.safetensors"])
+    with _held(args.folder):
+        return _run(_base_task(args, init, recipe, device, dtype), args)
+
+
+def _base_task(
+    args: argparse.Namespace,
+    init: Path | None,
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> BaseTask:
     if not (args.folder / "config.json").exists():
         if init and not args.retokenize:
             copy_files(init, args.folder)
@@ -191,8 +215,14 @@ def _base(args: argparse.Namespace) -> int:
         for stage in CURRICULA[args.curriculum]
     ]
     stages = [stage for stage in stages if stage.draws]
-    task = BaseTask(args.folder, stages, micros, args.seed, device, dtype, init)
-    return _run(task, args)
+    return BaseTask(args.folder, stages, micros, args.seed, device, dtype, init)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Holds the folder of a run against a second command; of several processes the first does."""
+    with locked(folder / STATE) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+        yield
 
 
 def _run(task: TrainTask, args: argparse.Namespace) -> int:
@@ -224,7 +254,8 @@ def _glimpse(args: argparse.Namespace) -> int:
         initial_token=None if args.token is None else _token(engine, args.token),
         token_rate=args.token_rate,
     )
-    return _run(task, args)
+    with _held(args.folder):
+        return _run(task, args)
 
 
 def _source(args: argparse.Namespace) -> WorldExamples | FileExamples:
@@ -243,9 +274,16 @@ def _source(args: argparse.Namespace) -> WorldExamples | FileExamples:
         return world
     if args.short or args.brief:
         raise UsageError("--short and --brief apply to the world only; leave them out for a file")
-    source = FileExamples(Path(args.data), args.images or Path(args.data).parent, args.seed)
-    if source.missing:
-        _print(f"{len(source.missing)} pictures are missing, the first is {source.missing[0]}")
+    path, quiet = Path(args.data), num_processes() > 1
+    pictures = args.images or path.parent
+    source = FileExamples(path, pictures, args.seed, Progress("pictures", quiet))
+    for line in source.lacks():
+        _print(line)
+    if not source.located and not args.no_location_loss:
+        raise UsageError(
+            f"{path} has no evidence: its rows need boxes (shares of width and height) or bboxs "
+            "(pixels); --no-location-loss trains without"
+        )
     args.steps = args.steps or -(-source.count // (args.accumulate * num_processes()))
     return source
 

@@ -35,7 +35,7 @@ class TrainBatch:
         probe_rows: int64 [B · n], the rows before the answers, which are those of the glimpse token
             if there is one.
         evidence: bool [B · n, N / B], the visual tokens under the evidence.
-        located: bool [B · n], whether a question has evidence.
+        located: bool [B · n], whether a question has evidence in its picture.
     """
 
     patches: Tensor
@@ -100,6 +100,8 @@ def collate(
     first = torch.arange(layout.pictures)[:, None] * layout.prefix_rows
     starts = layout.branch_start + torch.arange(len(branches)) * length
 
+    evidence = torch.stack([token_mask(qa.boxes, grid, config) for qa in qas])
+
     def padded(values: list[list], filler: float) -> Tensor:
         return torch.tensor([own + [filler] * (length - len(own)) for own in values]).flatten()
 
@@ -118,8 +120,8 @@ def collate(
         weights=padded([b.weights for b in branches], 0.0),
         value_rows=starts + torch.tensor([b.value for b in branches]),
         probe_rows=starts + torch.tensor([b.probe for b in branches]),
-        evidence=torch.stack([token_mask(qa.boxes, grid, config) for qa in qas]),
-        located=torch.tensor([bool(qa.boxes) for qa in qas]),
+        evidence=evidence,
+        located=evidence.any(1),
     )
 
 

@@ -146,6 +146,11 @@ class MasterWeights:
         self.publish()
         return float(norm)
 
+    def moments(self) -> list[list[torch.Size]]:
+        """The shapes of the optimiser's step and moments of each parameter, in its order."""
+        params = [p for group in self.optimiser.param_groups for p in group["params"]]
+        return [[torch.Size(), param.shape, param.shape] for param in params]
+
     @torch.no_grad()
     def publish(self) -> None:
         """Rounds the copies into the parameters."""
@@ -196,17 +201,13 @@ def train(
         None if all steps are done; else the interruption, after which the state was saved.
 
     Raises:
-        NanoglimpseError: the state in `folder` belongs to another run, or cannot be written.
+        NanoglimpseError: the state in `folder` is damaged, belongs to another run, or cannot be
+            written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NanoglimpseError(f"{folder} cannot be written to: {error}") from None
     masters, state = MasterWeights(task.module, recipe, task.rates), folder / STATE
     group = ProcessGroup(masters.copies[0].device)
-    first = _restore(state, settings, masters) if state.exists() else 0
+    first, leads = _restore(state, settings, masters), group.rank == 0
     masters.publish()
-    leads = group.rank == 0
     training_log = TrainingLog(folder / LOG, first, recipe, log if leads else None)
     batches, done = _batches(task, _numbers(first, recipe, group), recipe.workers), first
     with GracefulStop() as stop:
@@ -225,10 +226,13 @@ def train(
             if leads and (done % recipe.evaluate_every == 0 or done == recipe.steps):
                 training_log.evaluation(done, task.evaluate())
             if leads and (done % recipe.save_every == 0 or stopping):
-                _save(state, done, settings, masters)
+                # A state says that the weights of its step are there.
                 task.save(folder)
+                _save(state, done, settings, masters)
             if stopping:
                 break
+    if leads and first == recipe.steps:
+        task.save(folder)  # Of a finished run, whose weights may have been lost since.
     group.close()
     return None if done >= recipe.steps else stop.requested or KeyboardInterrupt()
 
@@ -246,9 +250,23 @@ def _batches(task: TrainTask, numbers: list[int], workers: int) -> Iterator[Any]
     # Any sequence will do as a data set; without a batch size, collate_fn is given a single entry.
     dataset, make = cast(Dataset, numbers), cast(Callable[[list], Any], task.batch)
     loader = DataLoader(
-        dataset, batch_size=None, collate_fn=make, num_workers=workers, prefetch_factor=4
+        dataset,
+        batch_size=None,
+        collate_fn=make,
+        num_workers=workers,
+        prefetch_factor=4,
+        worker_init_fn=_ignore_signals,
     )
     return iter(loader)
+
+
+def _ignore_signals(_: int) -> None:
+    """Leaves Ctrl-C and SIGTERM, which also reach subprocesses, to the process that trains.
+
+    It still needs their batches to finish its step, and ends them itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _save(path: Path, step: int, settings: dict, masters: MasterWeights) -> None:
@@ -264,25 +282,49 @@ def _save(path: Path, step: int, settings: dict, masters: MasterWeights) -> None
 
 
 def _restore(path: Path, settings: dict, masters: MasterWeights) -> int:
-    """Loads the state in `path` and returns the number of steps done."""
+    """Loads the state in `path` and returns the number of steps done; 0 where there is none.
+
+    An empty file is none: it is what a crash of the machine leaves of a file that was being made.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return 0
     try:
+        # Whatever is wrong with the file, its readers raise many kinds of errors.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = [p.shape for p in state["parameters"]]
-        step, saved = state["step"], state["same"]
+        step, saved, values = (state[name] for name in ("step", "same", "parameters"))
+        shapes = [value.shape for value in values]
+        moments = _moments(state["optimizer"]["state"])
+        of_run = isinstance(step, int) and step >= 0 and bool(saved == settings)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise NanoglimpseError(f"{path} cannot be resumed from: {reason}") from None
-    if shapes != [copy.shape for copy in masters.copies]:
+        reason = " ".join(str(error).split())[:200]
+        raise NanoglimpseError(
+            f"{path} is damaged ({reason}); remove it to begin the run again"
+        ) from None
+    if shapes != [copy.shape for copy in masters.copies] or moments != masters.moments():
         raise NanoglimpseError(f"{path} belongs to another model; use another folder")
-    if saved != settings:
+    if not of_run:
         raise NanoglimpseError(
             f"{path} belongs to a run with other options; repeat them, or use another folder"
         )
     with torch.no_grad():
-        for copy, value in zip(masters.copies, state["parameters"], strict=True):
+        for copy, value in zip(masters.copies, values, strict=True):
             copy.copy_(value)
-    masters.optimiser.load_state_dict(state["optimizer"])
+    # The options of the groups are those of the recipe, which is that of the state.
+    groups = masters.optimiser.state_dict()["param_groups"]
+    masters.optimiser.load_state_dict({**state["optimizer"], "param_groups": groups})
     return step
+
+
+def _moments(state: dict[int, dict[str, Tensor]]) -> list[list[torch.Size]]:
+    """The shapes of what AdamW holds of each parameter, by its number."""
+    names = ("step", "exp_avg", "exp_avg_sq")
+    return [[state[number][name].shape for name in names] for number in sorted(state)]
+
+
+def _step(row: dict) -> float:
+    """The step of a line of the log; after all steps if it has none."""
+    step = row.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 class TrainingLog:
@@ -295,8 +337,8 @@ class TrainingLog:
         self.start = self.since = time.perf_counter()
         if log and path.exists():
             # Steps that a killed run logged after its last saved state are trained again.
-            rows = [row for _, row in self.journal.read() if row]
-            self.journal.write(row for row in rows if row["step"] <= first)
+            rows = [row for _, row in self.journal.read() if isinstance(row, dict)]
+            self.journal.write(row for row in rows if _step(row) <= first)
 
     def add(self, figures: dict[str, float]) -> None:
         """Adds the figures of a micro-batch to the mean."""

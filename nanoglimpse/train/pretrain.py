@@ -100,10 +100,11 @@ def write_folder(folder: Path, shape: dict, seed: int, pictures: int = 600) -> N
     }
     parse_config(config, "the shape")
     generation = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]}
-    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        write_whole(folder / name, (json.dumps(content, indent=2) + "\n").encode())
-    copy_files(NANO, folder, COPIED)
+    contents = {name: _content(NANO, name) for name in COPIED}
+    contents["tokenizer.json"] = tokenizer.to_str(pretty=False).encode()
+    for name, content in (("generation_config.json", generation), ("config.json", config)):
+        contents[name] = (json.dumps(content, indent=2) + "\n").encode()
+    _write_files(folder, contents)
 
 
 def phrases(picture: Picture) -> list[str]:
@@ -130,18 +131,26 @@ def retokenized(old: Tensor, before: Tokenizer, now: Tokenizer) -> Tensor:
     return torch.stack(rows)
 
 
-def copy_files(source: Path, folder: Path, names: Sequence[str] = SETTINGS) -> None:
-    """Copies files of a checkpoint, by default those that `write_folder` writes.
+def copy_files(source: Path, folder: Path) -> None:
+    """Copies the files of a checkpoint that `write_folder` writes.
 
     Raises:
         NanoglimpseError: a file does not exist or cannot be written.
     """
-    for name in names:
-        try:
-            content = (source / name).read_bytes()
-        except OSError as error:
-            raise NanoglimpseError(f"{source} is not a checkpoint: {error}") from None
-        write_whole(folder / name, content)
+    _write_files(folder, {name: _content(source, name) for name in SETTINGS})
+
+
+def _content(folder: Path, name: str) -> bytes:
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise NanoglimpseError(f"{folder} is not a checkpoint: {error}") from None
+
+
+def _write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Writes config.json last, which then says that the others are there."""
+    for name in sorted(contents, key="config.json".__eq__):
+        write_whole(folder / name, contents[name])
 
 
 def initialise(module: nn.Module, depth: int, generator: torch.Generator) -> None:

@@ -4,14 +4,10 @@ Writes pictures, their questions in two layouts, and a contact sheet.
 """
 
 import argparse
-import io
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
 
 from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Parser, Progress, adder
@@ -19,12 +15,10 @@ from nanoglimpse.errors import UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.world.canvas import bounding_box
 from nanoglimpse.world.render import render
+from nanoglimpse.world.sheet import Card, contact_sheet, png
 from nanoglimpse.world.types import DOMAINS, QUESTION_KINDS, REQUEST, SPLITS, Picture, Question
 
-MIN_SIDE = 168
-SHEET_LIMIT, SHEET_COLUMNS, SHEET_QUESTIONS = 48, 4, 4
-THUMB, MARGIN, LINE, WRAP = 340, 12, 15, 54
-OUTLINES = ((230, 0, 120), (0, 160, 160), (200, 110, 0), (60, 60, 230))
+MIN_SIDE, SHEET_LIMIT = 168, 48
 
 
 def parser() -> Parser:
@@ -93,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             own = tuple(q for q in picture.questions if q.kind in args.kinds)
             picture = replace(picture, questions=own)
         name, questions = file_name(picture), picture.questions[: args.questions]
-        write_whole(out / name, _png(picture.image))
+        write_whole(out / name, png(picture.image))
         plain += [plain_record(picture, question) for question in questions]
         viscot += [viscot_record(picture, question) for question in questions if question.boxes]
         pictures = [*pictures, picture][:SHEET_LIMIT]
@@ -102,14 +96,13 @@ def run(args: argparse.Namespace) -> int:
     write_whole(out / "questions.jsonl", lines.encode())
     numbered = [{"question_id": number, **record} for number, record in enumerate(viscot)]
     write_whole(out / "viscot.json", json.dumps(numbered, indent=1).encode())
-    write_whole(out / "sheet.png", _png(contact_sheet(pictures, args.questions)))
+    write_whole(out / "sheet.png", png(contact_sheet([_card(p, args.questions) for p in pictures])))
     return 0
 
 
-def _png(image: Image.Image) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    return data.getvalue()
+def _card(picture: Picture, limit: int | None) -> Card:
+    """A picture with its first questions and answers for the contact sheet."""
+    return picture.image, [(f"{q.text}  {q.answer}", q.boxes) for q in picture.questions[:limit]]
 
 
 def file_name(picture: Picture) -> str:
@@ -148,44 +141,6 @@ def viscot_record(picture: Picture, question: Question) -> dict:
         "image": [name, f"{name}###[{','.join(map(str, pixels))}]"],
         "conversations": [{"from": speaker, "value": text} for speaker, text in turns],
     }
-
-
-def contact_sheet(pictures: Sequence[Picture], limit: int | None = None) -> Image.Image:
-    """Small pictures above their first questions; the evidence is outlined in the text's colour."""
-    cards = [_card(picture, limit) for picture in pictures]
-    columns = min(SHEET_COLUMNS, len(cards))
-    rows = [cards[at : at + columns] for at in range(0, len(cards), columns)]
-    heights = [max(card.height for card in row) + MARGIN for row in rows]
-    sheet = Image.new("RGB", (columns * (THUMB + MARGIN) + MARGIN, sum(heights) + MARGIN), "white")
-    y = MARGIN
-    for row, height in zip(rows, heights, strict=True):
-        for column, card in enumerate(row):
-            sheet.paste(card, (MARGIN + column * (THUMB + MARGIN), y))
-        y += height
-    return sheet
-
-
-def _card(picture: Picture, limit: int | None) -> Image.Image:
-    """One picture of the sheet."""
-    questions = picture.questions[: min(limit or SHEET_QUESTIONS, SHEET_QUESTIONS)]
-    scale = THUMB / max(picture.image.size)
-    size = [round(side * scale) for side in picture.image.size]
-    thumb = picture.image.resize(size, Image.Resampling.LANCZOS)
-    lines = [
-        (line, colour)
-        for question, colour in zip(questions, OUTLINES, strict=False)
-        for line in textwrap.wrap(f"{question.text}  {question.answer}", WRAP)
-    ]
-    card = Image.new("RGB", (THUMB, thumb.height + 4 + LINE * len(lines)), "white")
-    card.paste(thumb)
-    draw = ImageDraw.Draw(card)
-    for question, colour in zip(questions, OUTLINES, strict=False):
-        for box in question.boxes:
-            draw.rectangle([at * size[axis % 2] for axis, at in enumerate(box)], None, colour, 2)
-    for number, (line, colour) in enumerate(lines):
-        font = ImageFont.load_default(12)
-        draw.text((0, thumb.height + 4 + number * LINE), line, colour, font)
-    return card
 
 
 if __name__ == "__main__":

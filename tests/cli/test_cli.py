@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes where it matters, one line for each error."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,12 +9,12 @@ import subprocess
 import sys
 import time
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from nanoglimpse import files
 from nanoglimpse.cli import ask as generate
 from nanoglimpse.cli import options, overlay
 from nanoglimpse.methods import METHODS
@@ -369,11 +370,10 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, capsys, monkeyp
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_no_half_overlay(tmp_path, capsys, monkeypatch):
-    def fail(self, data):
-        self.touch()
-        raise OSError(28, "No space left on device")
+    def fail(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(files, "_write", fail)
     code, out, err = call("--overlay", tmp_path / "o.png", "--quiet", capsys=capsys)
     assert code == 1
     assert out == ANSWER + "\n"

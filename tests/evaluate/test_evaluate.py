@@ -153,13 +153,13 @@ def test_pictures_in_a_folder_val(files, tmp_path):
     ("name", "text", "message"),
     [
         ("a.jsonl", "", "no usable questions"),
-        ("a.jsonl", "nonsense\n", "line 1, is not a question"),
+        ("a.jsonl", "nonsense\n", "line 1, is not JSON"),
         ("a.jsonl", "[1]\n", "line 1, is not a question"),
         ("a.jsonl", '{"image": "a.png", "answer": "x"}\n', "has no key 'question'"),
         ("a.json", "{}", "must hold a list of questions, got a dict"),
         ("a.json", "[", "cannot be read"),
         ("a.json", '[{"image": ["a.png"]}]', "entry 0, is not a question of the benchmark"),
-        ("a.json", None, "cannot be read"),
+        ("a.json", None, "there is no file"),
     ],
 )
 def test_bad_files_are_one_line(name, text, message, tmp_path, capsys):

@@ -1,7 +1,9 @@
 """Many questions at once: each answered as alone, rows handed on, errors kept apart, no leak."""
 
+import errno
 import gc
 import json
+import os
 import tracemalloc
 from dataclasses import replace
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nanoglimpse import NanoglimpseError, Prompt, Sampling, UsageError, load
+from nanoglimpse import NanoglimpseError, Prompt, Sampling, UsageError, files, load
 from nanoglimpse.cli import ask as generate
 from nanoglimpse.cli import options
 from nanoglimpse.kernels.reference.table import TORCH
@@ -455,15 +457,11 @@ def test_a_missing_file_and_output_without_one(batch, capsys):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(batch, monkeypatch):
-    opened = type(batch.output).open
-
-    def full(self, mode="r", *arguments, **options):
-        if mode == "a":
-            raise OSError(28, "No space left on device")
-        return opened(self, mode, *arguments, **options)
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     batch.write(*ROWS)
-    monkeypatch.setattr(type(batch.output), "open", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     code, _, err = batch.run("--quiet")
     assert code == 1
     assert "results.jsonl cannot be written" in err

@@ -1,5 +1,6 @@
 """Sessions: the same answers as without one, from pictures that have been read once."""
 
+import errno
 import io
 import json
 import os
@@ -9,14 +10,13 @@ import signal
 import sys
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nanoglimpse import NanoglimpseError, Prompt, UsageError, load
+from nanoglimpse import NanoglimpseError, Prompt, UsageError, files, load
 from nanoglimpse import flops as cost
 from nanoglimpse.cli import ask as generate
 from nanoglimpse.cli import chat
@@ -548,11 +548,10 @@ def test_a_full_disk_leaves_the_old_file(tiny, saved, tmp_path, monkeypatch):
     path = tmp_path / "s.safetensors"
     path.write_bytes(b"old")
 
-    def fail(self, data):
-        self.touch()
-        raise OSError(28, "No space left on device")
+    def fail(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(files, "_write", fail)
     with pytest.raises(NanoglimpseError, match="No space left"):
         tiny.session(pictures(tiny)).save(path)
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

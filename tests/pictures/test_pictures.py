@@ -316,7 +316,7 @@ def test_a_pipe_is_read_once(tmp_path):
         np.full((2, 2), np.nan),
         object(),
     ],
-    ids=str,
+    ids=lambda wrong: type(wrong).__name__,
 )
 def test_what_is_no_picture_is_refused(wrong):
     with pytest.raises(UsageError):

@@ -355,7 +355,7 @@ def test_a_state_of_another_run_is_refused(folder, engine, tmp_path, capsys):
     assert "belongs to a run with other options" in capsys.readouterr().err
     (tmp_path / "state.pt").write_bytes(b"nonsense")
     assert main(common) == 1
-    assert "cannot be resumed from" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -839,8 +839,8 @@ def test_an_epoch_visits_every_row_once(tmp_path):
 
 
 BAD = {
-    "no file": (None, ["--data", "gone.jsonl"], "gone.jsonl cannot be read"),
-    "no json": ("{", [], "line 1, is not a question with evidence"),
+    "no file": (None, ["--data", "gone.jsonl"], "there is no file gone.jsonl"),
+    "no json": ("{", [], "line 1, is not JSON"),
     "no key": ('{"image": "a.png", "question": "q"}', [], "line 1, has no key"),
     "bad box": (
         '{"image": "a.png", "question": "q", "answer": "a", "boxes": [[1, 2]]}',
