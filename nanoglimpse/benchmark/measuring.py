@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanoglimpse.benchmark import ROOT
 from nanoglimpse.benchmark.work import Cost
+from nanoglimpse.cli.console import rewrite
 from nanoglimpse.engine import Engine
 from nanoglimpse.version import VERSION
 
@@ -188,4 +189,4 @@ def commit() -> str:
 def say(line: str) -> None:
     """Shows progress, on a terminal only."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        rewrite(line)

@@ -12,6 +12,7 @@ from nanoglimpse.evaluate.__main__ import main
 from nanoglimpse.evaluate.judge import KEY, Judge, grade, read_score
 from nanoglimpse.evaluate.store import ResultsFile
 from nanoglimpse.world import BRIEF_SUFFIX
+from tests.helpers.commands import exit_code
 
 
 def result(question="q1", reply="The number is 7.", arm="dense", **more):
@@ -243,7 +244,7 @@ def test_a_run_that_is_graded(endpoint, tmp_path, capsys):
 def test_bad_options_are_one_line(options, message, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     ResultsFile.resume(path, {})
-    assert main(["judge", str(path), *options]) == 2
+    assert exit_code(main, ["judge", path, *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
