@@ -19,7 +19,15 @@ from nanoglimpse.cli.options import add_shared, load_engine
 from nanoglimpse.distributed import ProcessGroup, is_first, local_device
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.evaluate.figures import SCORES, best_score, read_variants, variant_results
+from nanoglimpse.evaluate.figures import (
+    SCORES,
+    Variants,
+    best_score,
+    caveats,
+    comparable,
+    read_variants,
+    variant_results,
+)
 from nanoglimpse.evaluate.judge import KEY, Judge, grade
 from nanoglimpse.evaluate.page import page
 from nanoglimpse.evaluate.questions import FileQuestions, QuestionSource, WorldQuestions
@@ -71,6 +79,11 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
     variants = combine(args.methods, args.ratios, forms, args.kv_drop)
     judge = _judge(args) if args.judge_url else None
     source = _source(args)
+    if not source.has_boxes and any(variant.method == "oracle" for variant in variants):
+        raise UsageError(
+            "method oracle keeps what the questions' boxes mark, but no question of --data has "
+            "boxes; leave oracle out, or add boxes"
+        )
     engine = load_engine(args, device=local_device(args.device))
     check_variants(engine, variants)
     results, done = _resume(args, engine, source, group)
@@ -82,8 +95,20 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
             _grade(results, judge, args)
         names = {variant.name for variant in variants}
         shown = [one for one in variant_results(results) if one.name in names]
-        print(progress_table(shown, source.groups))
+        _show(shown, source.groups, note(args))
     return 0
+
+
+def _show(variants: Variants, groups: Sequence[str], say: Callable[[str], None]) -> None:
+    """Prints a table of the variants, and says what it leaves out."""
+    try:
+        shown, gaps = comparable(variants, "contains")
+    except UsageError as error:
+        say(str(error))
+        return
+    print(progress_table(shown, groups))
+    for line in [*gaps, *caveats(shown)]:
+        say(line)
 
 
 def _resume(
@@ -212,7 +237,7 @@ def judge_file(args: argparse.Namespace) -> int:
     results = ResultsFile.resume(args.file, ResultsFile.read(args.file).options)
     _grade(results, judge, args)
     groups = list(dict.fromkeys(row["group"] for row in results.rows))
-    print(progress_table(variant_results(results), groups))
+    _show(variant_results(results), groups, note(args))
     return 0
 
 
@@ -234,7 +259,8 @@ def report(args: argparse.Namespace) -> int:
     score = args.score or best_score(variants)
     if not any(variant.get(score) for variant in variants):
         raise UsageError(f"no result has the score {score}; the command judge adds verdicts")
-    notes = list(chain.from_iterable(map(_notes, args.files, files)))
+    variants, gaps = comparable(variants, score)
+    notes = [*chain.from_iterable(map(_notes, args.files, files)), *gaps, *caveats(variants)]
     if args.csv:
         write_whole(args.csv, as_csv(variants).encode())
     if args.html:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,60 @@ def _figures(values: Tensor, draws: Tensor, counts: Tensor) -> dict[str, Figure]
     columns = zip(values.tolist(), *bounds(draws).tolist(), counts.tolist(), strict=True)
     figures = zip(MEASURES, starmap(Figure, columns), strict=True)
     return {key: figure for key, figure in figures if figure.count}
+
+
+def comparable(variants: Variants, score: str) -> tuple[list[VariantResults], list[str]]:
+    """The variants over the questions for which all of them have a score.
+
+    A run that was cut has answered other questions in one variant than in the next, and the
+    questions are not equally hard.
+
+    Returns:
+        The variants, and lines that say what has been left out, if anything has.
+
+    Raises:
+        UsageError: there is no such question.
+    """
+    if not variants:
+        return [], []
+    answered = [{row["question"] for row in v.rows if row.get(score) is not None} for v in variants]
+    common, every = set.intersection(*answered), set.union(*answered)
+    if not common:
+        names = ", ".join(variant.name for variant in variants)
+        raise UsageError(
+            f"no question has the score {score} in all of {names}, so that they cannot be "
+            "compared; report files of different questions one by one"
+        )
+    if len(common) == len(every):
+        return list(variants), []
+    gaps = [
+        f"{variant.name} lacks {len(every) - len(own)}"
+        for variant, own in zip(variants, answered, strict=True)
+        if len(own) < len(every)
+    ]
+    line = (
+        f"The figures are those of the {len(common)} questions that all variants have answered, of "
+        f"{len(every)}: {', '.join(gaps)}."
+    )
+    return [_restricted(variant, common) for variant in variants], [line]
+
+
+def _restricted(variant: VariantResults, questions: set[str]) -> VariantResults:
+    rows = [row for row in variant.rows if row["question"] in questions]
+    return replace(variant, rows=rows, figures=summarise(rows))
+
+
+def caveats(variants: Variants) -> list[str]:
+    """Lines about figures that are not what their name says."""
+    lines = []
+    for variant in variants:
+        without = sum(row["recall"] is None for row in variant.rows)
+        if variant.method == "oracle" and without:
+            lines.append(
+                f"{variant.name}: {without} of {len(variant.rows)} questions have no boxes. There "
+                "it has nothing to keep, and is no upper bound."
+            )
+    return lines
 
 
 def best_score(variants: Variants) -> str:

@@ -64,12 +64,14 @@ class QuestionSource(Protocol):
         groups: data sets or domains, in order.
         total: the number of questions.
         missing: the missing pictures, one per question that is left out because of it.
+        has_boxes: whether any question says where in the picture its evidence is.
         identity: JSON that differs between different data.
     """
 
     groups: Sequence[str]
     total: int
     missing: Sequence[str]
+    has_boxes: bool
     identity: dict
 
     def questions(self, brief: bool) -> Iterator[EvalQuestion]:
@@ -83,7 +85,7 @@ class WorldQuestions(QuestionSource):
         self, seed: int, domains: Sequence[str], count: int, kinds: Sequence[str] | None = None
     ):
         self.seed, self.groups, self.count, self.missing = seed, list(domains), count, []
-        self.kinds = kinds and sorted(kinds)
+        self.kinds, self.has_boxes = kinds and sorted(kinds), True
         self.total, self.identity = count * len(domains), {"world": seed}
         if kinds:
             self.identity["kinds"] = self.kinds
@@ -140,6 +142,7 @@ class FileQuestions(QuestionSource):
             raise UsageError(f"{', '.join(map(str, paths))}: no usable questions{first}")
         _check_names(self._questions)
         self.groups, self.total = list(numbers), len(self._questions)
+        self.has_boxes = any(q.qa.boxes or q.pixel_box for q in self._questions)
         contents = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths]
         self.identity = dict(zip([path.name for path in paths], contents, strict=True))
 

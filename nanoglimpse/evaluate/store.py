@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.evaluate.records import wrong
 from nanoglimpse.jsonl import Journal
 
-RESULT = {"question", "arm", "method", "ratio", "brief", "group", "asked", "wanted", "reply"}
-RESULT |= {"contains", "visual", "kept", "recall", "flops", "ms"}
 HEADER = '{"options":'
 
 
@@ -42,17 +41,19 @@ class ResultsFile:
 
         Raises:
             UsageError: there is no such file.
-            NanoglimpseError: it is not a file of results.
+            NanoglimpseError: it is not a file of results, or a line is damaged; it says which.
         """
         if not path.exists():
             raise UsageError(f"there is no file {path}")
         (_, header), *records = Journal(path).read() or [(1, None)]
         options = header.get("options") if isinstance(header, dict) else None
-        if not isinstance(options, dict):
+        if not isinstance(options, dict) or not isinstance(options.get("data", {}), dict):
             raise NanoglimpseError(f"{path} is not a file of results; give another file")
         results = cls(path, options)
         for number, record in records:
-            results._take(record if isinstance(record, dict) else {}, number)
+            if fault := wrong(record):
+                raise NanoglimpseError(f"{path}, line {number}, is not a result: {fault}")
+            results._take(record)
         return results
 
     @classmethod
@@ -89,19 +90,17 @@ class ResultsFile:
         if self.path:
             Journal(self.path).append(records)
         for record in records:
-            self._take(record, 0)
+            self._take(record)
 
-    def _take(self, record: dict, number: int) -> None:
+    def _take(self, record: dict) -> None:
         if "picture" in record:
             self.pictures[record["picture"]] = record["uri"]
         elif "verdict" in record:
             self.verdicts[record["arm"], record["question"]] = record
         elif "missing" in record:
             self.missing = record["missing"]
-        elif record.keys() >= RESULT:
-            self.rows.append(record)
         else:
-            raise NanoglimpseError(f"{self.path}, line {number}, is not a result")
+            self.rows.append(record)
 
 
 def _difference(written: dict, given: dict) -> str:
