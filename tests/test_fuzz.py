@@ -143,11 +143,8 @@ def test_what_a_target_keeps_is_too_much_in_the_end(bad, tmp_path):
 
 def test_a_fault_can_be_run_alone(bad, tmp_path):
     first = fuzz(tmp_path, *bad, "--cases", 8, "--seed", 5, "--only", "foreign", "write")
-    (again, *_) = re.findall(
-        "foreign exception: (--seed 5 --only 'foreign' --case [0-9]+)", first.stdout
-    )
-    words = again.replace("'", "").split()
-    alone = fuzz(tmp_path, *bad, *words)
+    again = re.search(r"foreign exception: (--seed 5 --only foreign --case \d+)", first.stdout)[1]
+    alone = fuzz(tmp_path, *bad, *again.split())
     assert alone.returncode == 1
     assert counted(alone.stdout)["foreign"] == {"foreign exception": 1}
     assert "Traceback" in alone.stdout
