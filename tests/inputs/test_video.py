@@ -516,9 +516,10 @@ MIXED = ((4, CLIP, 1, STILL, 5), (7,), (2, STILL, (2, 4, 4, "video"), 1, STILL, 
 def test_a_batch_with_videos_is_each_prompt_alone(tiny, name):
     prompts = [prompt_of(tiny, parts, seed=seed) for seed, parts in enumerate(MIXED)]
     masks = [torch.arange(int(prompt.visual.sum())) % 3 == 0 for prompt in prompts]
-    together = tiny.prefill_many(prompts, name, evidence=masks, max_ratio=0.3)
+    cap = {} if METHODS[name].budget == "fixed" else {"max_ratio": 0.3}
+    together = tiny.prefill_many(prompts, name, evidence=masks, **cap)
     alone = [
-        tiny.prefill(prompt, name, evidence=[mask], max_ratio=0.3)
+        tiny.prefill(prompt, name, evidence=[mask], **cap)
         for prompt, mask in zip(prompts, masks, strict=True)
     ]
     assert torch.equal(together.kept, torch.cat([one.kept for one in alone]))
@@ -535,7 +536,8 @@ def test_videos_may_be_left_whole_by_every_method(tiny, name):
     prompt = prompt_of(tiny, (2, STILL, 1, CLIP, 1, STILL, 3))
     video = prompt.token_ids[prompt.visual] == VIDEO
     mask = [torch.zeros(len(video), dtype=torch.bool)]
-    prefill = tiny.prefill(prompt, name, max_ratio=0.3, prune_videos=False, evidence=mask)
+    cap = {} if METHODS[name].budget == "fixed" else {"max_ratio": 0.3}
+    prefill = tiny.prefill(prompt, name, prune_videos=False, evidence=mask, **cap)
     assert bool(prefill.kept[video].all())
     if name not in ("dense", "evs"):
         assert not bool(prefill.kept[~video].all())
