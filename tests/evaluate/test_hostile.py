@@ -205,6 +205,20 @@ def test_variants_without_a_common_question_are_not_ranked(tmp_path, capsys):
         comparable(read_variants([path])[0], "contains")
 
 
+def test_files_of_different_data_are_reported_side_by_side(tmp_path, capsys):
+    """Each over its own questions; a file that is cut is named."""
+    paths = [tmp_path / "scene.jsonl", tmp_path / "document.jsonl"]
+    for path, first in zip(paths, (0, 10), strict=True):
+        rows = [result(first + n, m) for n in range(3) for m in ("dense", "glimpse")]
+        written(tmp_path, rows if first else rows[:-1]).rename(path)
+    assert exit_code(main, ["report", *paths]) == 0
+    out = capsys.readouterr().out
+    assert "those of the 2 questions that all variants have answered, of 3: scene: glimpse" in out
+    assert "Some files hold other questions than others" in out
+    for name, count in (("scene: dense", 2), ("scene: glimpse", 2), ("document: dense", 3)):
+        assert f"| {name} | {count} |" in out
+
+
 def test_the_oracle_says_where_it_knows_nothing():
     rows = [result(n, m, recall=n or None) for n in range(2) for m in ("oracle", "dense")]
     (line,) = caveats(variant_results(results_of(rows)))
