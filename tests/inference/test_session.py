@@ -31,6 +31,7 @@ from nanoglimpse.methods.base import Needs, PruningMethod
 from nanoglimpse.methods.context import Decision
 from nanoglimpse.model.decoder import Block, run_layers
 from nanoglimpse.model.rope import mrope
+from tests.helpers.commands import exit_code
 from tests.helpers.prompts import QUESTION, SCENE
 from tests.helpers.prompts import SCENES as PICTURES
 from tests.helpers.tiny import EOS, chat_ids, patches_of, write_checkpoint, write_glimpse
@@ -683,7 +684,7 @@ def talk(text, *arguments, monkeypatch, capsys):
     """Exit code, stdout and stderr of a chat whose lines come through a pipe."""
     data = text if isinstance(text, bytes) else text.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-    code = generate.main(["--chat", *map(str, arguments)])
+    code = exit_code(generate.main, ["--chat", *arguments])
     out = capsys.readouterr()
     return code, out.out, out.err
 

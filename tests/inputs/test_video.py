@@ -23,6 +23,7 @@ from nanoglimpse.inputs.video import _limits
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.context import SelectionRule
 from tests.helpers import reference
+from tests.helpers.commands import exit_code
 from tests.helpers.tiny import IMAGE, VIDEO, chat_ids, patches_of
 
 SMALL = {"min_pixels": 3136, "max_pixels": 56 * 84}
@@ -577,7 +578,7 @@ def clip(tmp_path):
 
 
 def call(*arguments, capsys):
-    code = generate.main([str(argument) for argument in arguments])
+    code = exit_code(generate.main, arguments)
     out = capsys.readouterr()
     return code, out.out, out.err
 
@@ -619,8 +620,11 @@ def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano
     [
         (["--video", "none.gif"], "there is no video"),
         (["--video", "film.mp4"], "ffmpeg"),
-        (["--video", "clip.webp", "--fps", "0"], "fps must be in (0, ∞), got 0.0"),
-        (["--video", "clip.webp", "--max-frames", "1"], "max_frames must be at least 2, got 1"),
+        (["--video", "clip.webp", "--fps", "0"], "--fps: must be in (0, 1000], got '0'"),
+        (
+            ["--video", "clip.webp", "--max-frames", "1"],
+            "--max-frames: must be a whole number of at least 2",
+        ),
         (
             ["--video", "clip.webp", "--method", "nothing", "--max-frame-ratio", "0.1"],
             "method nothing does not choose",
