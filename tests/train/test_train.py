@@ -880,7 +880,7 @@ BAD = {
         "--token-rate: must be in [0, 1], got '-1'",
     ),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
-    "dtype": (None, ["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
+    "dtype": (None, ["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
 }
 
 
