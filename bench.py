@@ -51,6 +51,7 @@ from nanoglimpse.benchmark.rules import NAMES, time_rule
 from nanoglimpse.cli import console
 from nanoglimpse.cli.ask import built_in
 from nanoglimpse.cli.console import Parser, adder
+from nanoglimpse.cli.kinds import COUNT, NAME, SHARE, THREADS, number, whole
 from nanoglimpse.cli.options import add_shared
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import UsageError
@@ -62,27 +63,29 @@ def parser() -> Parser:
     add_shared(p, "model", "--model", "--device", "--dtype", "--backend", "--quantize")
     add = adder(p)
     static = "in addition, transformers with a static cache and a compiled decode step"
-    add("--image", built_in()[0], "picture to ask about", "a scene of 448 × 448 pixels", type=str)
-    add("--shape", str, "3b, 7b or a config.json: random weights in place of a checkpoint")
-    add("--layers", int, "layers of each tower of a shape", "all")
+    add("--image", built_in()[0], "picture to ask about", "a scene of 448 × 448 pixels", kind=NAME)
+    add("--shape", NAME, "3b, 7b or a config.json: random weights in place of a checkpoint")
+    add("--layers", whole(1, 1024), "layers of each tower of a shape", "all")
     tokens = "visual tokens of the picture, which is scaled to about as many"
     usual = "256 for a shape, as many as it has otherwise; 64 144 256 576 with --plot"
-    add("--visual-tokens", int, tokens, usual, nargs="+")
-    add("--retain", float, "shares of visual tokens to keep", "0.111 for a shape", nargs="+")
-    add("--text", 40, "text tokens of the prompt of a shape")
-    add("--batch", [1], "prompts in a batch")
-    add("--ragged", int, "ask these numbers of questions of different sizes instead", nargs="+")
-    add("--new", 64, "tokens of an answer")
-    add("--rounds", 11, "rounds that are counted")
+    add("--visual-tokens", whole(1, 2**18), tokens, usual, nargs="+")
+    add("--retain", SHARE, "shares of visual tokens to keep", "0.111 for a shape", nargs="+")
+    add("--text", 40, "text tokens of the prompt of a shape", kind=whole(1, 2**18))
+    add("--batch", [1], "prompts in a batch", kind=whole(1, 4096))
+    several = "ask these numbers of questions of different sizes instead"
+    add("--ragged", whole(1, 4096), several, nargs="+")
+    add("--new", 64, "tokens of an answer", kind=whole(2))
+    add("--rounds", 11, "rounds that are counted", kind=COUNT)
     add("--static", False, static)
-    add("--threads", 0, "CPU threads", "torch's choice")
+    add("--threads", 0, "CPU threads", "torch's choice", kind=THREADS)
     add("--alone", False, "do not run transformers")
     add("--kernels", False, "time operations in place of answers")
-    add("--seconds", float, "begin no round, except the first one, after so much time", "none")
+    until = "begin no round, except the first one, after so much time"
+    add("--seconds", number(0, open_low=True), until, "none")
     add("-o", "md", "form of the tables on stdout", choices=FORMS, dest="form")
     add("--rule", str, "time both ways of a rule by which a GPU takes kernels", choices=NAMES)
     add("--first-contact", False, "what has to be known about a GPU, in 300 seconds or --seconds")
-    add("--plot", str, "write a figure of prefill and decode times", metavar="PNG")
+    add("--plot", NAME, "write a figure of prefill and decode times", metavar="PNG")
     return p
 
 
@@ -122,25 +125,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses what makes no sense.
+    """Refuses options that make no sense together.
 
     Raises:
         UsageError: it says which option.
     """
-    layers = () if args.layers is None else (args.layers,)
-    counts = (*args.batch, *(args.ragged or ()), *(args.visual_tokens or ()), *layers)
-    if min(args.new, args.rounds, args.text, *counts) < 1 or args.new < 2:
-        raise UsageError(
-            "counts, rounds, layers, text and visual tokens are at least 1, new at least 2"
-        )
-    if args.seconds is not None and args.seconds <= 0:
-        raise UsageError(f"seconds {args.seconds:g} is no time; give more than 0")
     if args.rule and not args.shape:
         raise UsageError("--rule needs the sizes of a model; give a --shape")
     if args.ragged and args.plot:
         raise UsageError("--plot draws prefill and decode, which --ragged does not time apart")
-    if not all(0 < share <= 1 for share in args.retain or ()):
-        raise UsageError(f"retain {args.retain} are no shares; give more than 0, up to 1")
 
 
 def time_cases(

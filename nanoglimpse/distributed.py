@@ -1,23 +1,49 @@
 """The processes that torchrun started for one evaluation or one training run."""
 
 import os
+import re
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanoglimpse.errors import UsageError
+
 
 def num_processes() -> int:
-    """How many processes share the work, as torchrun sets it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes share the work, as torchrun sets it; 1 without torchrun.
+
+    Raises:
+        UsageError: WORLD_SIZE is no such number.
+    """
+    return _variable("WORLD_SIZE", 1, 1)
 
 
 def local_device(name: str) -> str:
-    """Resolves "auto" to the GPU of this process, or to the CPU where there is no GPU."""
+    """Resolves "auto" to the GPU of this process, or to the CPU where there is no GPU.
+
+    Raises:
+        UsageError: LOCAL_RANK is no number.
+    """
     if name != "auto":
         return name
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{_variable('LOCAL_RANK', 0, 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all; one that does not know its rank does, too."""
+    return not re.fullmatch("0*[1-9][0-9]*", os.environ.get("RANK", "0"))
+
+
+def _variable(name: str, default: int, low: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < low:
+        raise UsageError(
+            f"the environment variable {name} must be a whole number of at least {low}, got "
+            f"{text!r}; torchrun sets it"
+        )
+    return int(text)
 
 
 class ProcessGroup:
@@ -30,14 +56,20 @@ class ProcessGroup:
     Attributes:
         count: the number of processes.
         rank: the index of this process.
+
+    Raises:
+        UsageError: the variables that torchrun sets are missing or make no sense.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.count = num_processes()
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = _variable("RANK", 0, 0)
         if self.count > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            try:
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            except ValueError as error:
+                raise UsageError(f"WORLD_SIZE is {self.count}, but {error}; use torchrun") from None
 
     def share(self, value: Any) -> Any:
         """Returns the value of process 0 in every process."""

@@ -76,16 +76,17 @@ def record(folder):
 
     for method in METHODS:
         for drop in ("all", "later"):
-            for cap in CAPS:
+            for cap in CAPS if METHODS[method].budget != "fixed" else [None]:
                 options = {"method": method, "kv_drop": drop, "max_ratio": cap}
                 for picture, question in asked[:: len(asked) // QUESTIONS_PER_METHOD]:
                     case = f"{method} {drop} {cap} {Path(picture).name} {question}"
                     yield case, outcome(answered, picture, question, **options)
                     yield f"prefill {case}", outcome(prefilled, picture, question, **options)
     for method in ("glimpse", "fastv", "pdrop", "visionzip", "dense"):
-        batch = engine.ask_many(asked, method=method, max_ratio=0.3, max_batch_tokens=2000)
+        cap = {} if method == "dense" else {"max_ratio": 0.3}
+        batch = engine.ask_many(asked, method=method, max_batch_tokens=2000, **cap)
         yield f"batch {method}", [described(answer) for answer in batch]
-        session = engine.session(pictures[:2], method, max_ratio=0.3)
+        session = engine.session(pictures[:2], method, **cap)
         yield f"session {method}", [described(session.ask(question)) for _, question in asked[:4]]
         yield f"chat {method}", [described(session.chat(question)) for _, question in asked[:4]]
         with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room imports itself and rooms above it in this list. Rooms in one line do
 # not import each other.
 FLOORS = (
-    ("version", "errors"),
+    ("version", "errors", "escape"),
     ("files", "jsontext"),
     ("jsonl", "pictures"),
     ("config",),
@@ -37,7 +37,7 @@ FLOORS = (
 ENTRIES = ("__main__", "generate", "kernels.report")
 CORE = ("kernels", "kvcache", "model", "weights", "inputs", "methods", "inference", "engine")
 FUNCTION_LINES, FORWARD_LINES, ENGINE_LINES = 60, 25, 300
-CORE_CODE, PACKAGE_CODE, ENTERED_FILES = 6383, 16147, 28
+CORE_CODE, PACKAGE_CODE, ENTERED_FILES = 6383, 16533, 28
 
 
 def sources():

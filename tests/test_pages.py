@@ -96,7 +96,7 @@ PARSERS = {
 }
 # Commands of others, which are not checked.
 FOREIGN = ("pip", "git", "ruff", "pre-commit", "ffmpeg", "python -m pytest", "python -m tests.")
-FOREIGN_OPTIONS = {"--check", "--dist", "--no-deps", "--nproc-per-node"}
+FOREIGN_OPTIONS = {"--cases", "--check", "--dist", "--no-deps", "--nproc-per-node"}
 
 
 def commands(block):

@@ -3,25 +3,29 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nanoglimpse.cli import console
+from nanoglimpse.cli.kinds import FILE, NAME
 from nanoglimpse.config import read_glimpse_config, read_json
 from nanoglimpse.weights.glimpse import OWN, PUBLISHED, read_tensors, save_glimpse
 from nanoglimpse.weights.hub import GLIMPSE_FILES, locate
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code (`console.run`)."""
-    parser = console.Parser(
+def parser() -> console.Parser:
+    """The parser of the command line."""
+    p = console.Parser(
         prog="nanoglimpse weights",
         description=f"Write glimpse weights as {PUBLISHED} (published layout) and as {OWN}.",
     )
-    parser.add_argument(
-        "source", help="folder or Hub id that holds glimpse weights in either layout"
-    )
-    parser.add_argument("folder", type=Path, help="where to write config.json and both files")
-    return console.run(convert, parser, arguments)
+    add = console.adder(p)
+    add("source", NAME, "folder or Hub id that holds glimpse weights in either layout")
+    add("folder", FILE, "where to write config.json and both files")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code (`console.run`)."""
+    return console.run(convert, parser(), arguments)
 
 
 def convert(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanoglimpse.cli.console import rewrite
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.files import is_stream, write_whole
@@ -159,4 +160,4 @@ def resident(line: str = "VmRSS") -> int:
 def say(line: str) -> None:
     """Shows progress, on a terminal only."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        rewrite(line)

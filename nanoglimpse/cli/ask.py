@@ -13,6 +13,7 @@ from nanoglimpse.cli import console, options
 from nanoglimpse.cli.batch_file import answer_file
 from nanoglimpse.cli.chat import Chat, summary
 from nanoglimpse.cli.console import Parser, adder, note
+from nanoglimpse.cli.kinds import COUNT, NAME, number, whole
 from nanoglimpse.cli.overlay import save_overlay
 from nanoglimpse.cli.report import as_dict, overlay_lines, report
 from nanoglimpse.errors import UsageError
@@ -57,11 +58,12 @@ def parser() -> Parser:
     add("--image", str, picture, metavar="FILE", nargs="+", **several)
     add("--video", VideoPath, video, metavar="PATH", **several)
     p.set_defaults(image=[])
-    add("--fps", FPS, "frames per second to sample from a video")
-    add("--max-frames", MAX_FRAMES, "maximum number of frames of a video")
+    fps, frames = number(0, 1000, open_low=True), whole(2)
+    add("--fps", FPS, "frames per second to sample from a video", kind=fps)
+    add("--max-frames", MAX_FRAMES, "maximum number of frames of a video", kind=frames)
     add("--system", SYSTEM, "system prompt")
     add("--chat", False, chat)
-    add("--session", str, session, metavar="FILE")
+    add("--session", NAME, session, metavar="FILE")
     add("--list-methods", False, "list the pruning methods and exit")
     for group in options.SHARED:
         options.add_shared(p, group)
@@ -69,14 +71,14 @@ def parser() -> Parser:
     batch = 'one question per line: {"image": path, [paths] or null, "question": text}; "video" too'
     output = "file for the results; questions that it already answers are skipped"
     limit = "maximum number of tokens to prefill at once, and to hold in the cache"
-    add("--batch-file", str, batch, metavar="JSONL")
-    add("--output", str, output, metavar="JSONL")
-    add("--max-batch-tokens", 8192, limit)
+    add("--batch-file", NAME, batch, metavar="JSONL")
+    add("--output", NAME, output, metavar="JSONL")
+    add("--max-batch-tokens", 8192, limit, kind=COUNT)
     add = adder(p.add_argument_group("output"))
     overlay = "write a picture of the kept visual tokens; .gif and .webp become animations"
     font = "font of the overlay's text (default: one that has its letters is found)"
-    add("--overlay", str, overlay, metavar="FILE")
-    add("--font", str, font, metavar="FILE")
+    add("--overlay", NAME, overlay, metavar="FILE")
+    add("--font", NAME, font, metavar="FILE")
     add("--json", False, "print one JSON object instead of text")
     p.add_argument("--version", action="version", version=f"nanoglimpse {VERSION}")
     return p

@@ -7,6 +7,7 @@ line, and the chat continues with the next.
 import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanoglimpse.cli.console import exit_code, is_out_of_memory, say
+from nanoglimpse.cli.kinds import NAME
 from nanoglimpse.cli.overlay import save_overlay
 from nanoglimpse.cli.report import as_dict, overlay_lines, report
 from nanoglimpse.config import Config
@@ -35,7 +37,9 @@ HELP = """Type a question, or one of these commands:
 /reset         forget the conversation and keep the pictures
 /stats         show the cost of the last answer and the size of the session
 /help          show this list
-Ctrl-C stops an answer, Ctrl-D ends the chat."""
+/quit, /exit   end the chat, as Ctrl-D does
+Ctrl-C stops an answer."""
+ENDS = ("/quit", "/exit")
 NEED_FILE = ("/overlay", "/image", "/save")
 # The bits of the dots of a Braille character, four rows of two.
 DOTS = torch.tensor(((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80)))
@@ -89,9 +93,11 @@ class Chat:
         """
         typed, code = sys.stdin.isatty(), 0
         if typed:
-            self.note("chat        type a question, or /help for the commands; Ctrl-D ends")
+            self.note("chat        type a question, or /help for the commands; /quit ends")
         try:
             for line in lines(first, typed):
+                if line.strip() in ENDS:
+                    break
                 code = max(code, self._safely(line, typed))
         except KeyboardInterrupt as interruption:
             self.note("interrupted")
@@ -124,9 +130,11 @@ class Chat:
             return
         name, _, argument = (part.strip() for part in line.strip().partition(" "))
         if name not in self.commands:
-            raise UsageError(f"unknown command '{name}'; /help lists the commands")
-        if name in NEED_FILE and not argument:
-            raise UsageError(f"{name} needs the name of a file")
+            # Nothing has failed that a script would have to know.
+            say(f"error: unknown command '{name}'; /help lists the commands")
+            return
+        if name in NEED_FILE:
+            argument = _file(name, argument)
         self.commands[name](argument)
 
     def answer(self, question: str) -> None:
@@ -157,7 +165,7 @@ class Chat:
         shown = [image for image in images if image is not None]
         if len(shown) < len(images):
             raise UsageError("a saved session has no pixels for an overlay")
-        path = Path(name).expanduser()
+        path = Path(name)
         check_writable(path, "overlay", self._inputs())
         config = self.session.model.config
         left_out = save_overlay(path, shown, question, answer, config, self.font)
@@ -174,7 +182,7 @@ class Chat:
 
     def save(self, name: str) -> None:
         """Saves the session: the encoded pictures and the conversation."""
-        path = Path(name).expanduser()
+        path = Path(name)
         check_writable(path, "session", self._inputs())
         self.session.save(path)
         self.note(f"session     {path}, {path.stat().st_size / 1e6:.2f} MB")
@@ -202,6 +210,20 @@ class Chat:
             f"session     {len(session.prompt.grids)} pictures, {len(session.turns)} turns, "
             f"{session.bytes / 1e6:.2f} MB"
         )
+
+
+def _file(command: str, name: str) -> str:
+    """The name of a file that a command is given, with ~ for the home folder.
+
+    Raises:
+        UsageError: there is none, or no file can have it.
+    """
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
+    try:
+        return NAME.read(os.path.expanduser(name))
+    except ValueError:
+        raise UsageError(f"{command}: the file must have {NAME.accepts}") from None
 
 
 def lines(first: Iterable[str], typed: bool) -> Iterator[str]:

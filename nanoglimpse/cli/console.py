@@ -10,11 +10,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 import torch
 
+from nanoglimpse.cli.kinds import Kind
 from nanoglimpse.errors import NanoglimpseError, one_line
+from nanoglimpse.escape import masked, terminal
 
 # Seconds between two lines of progress, and between two updates of a line on a terminal.
 EVERY, REWRITE = 10.0, 0.1
@@ -38,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the line and ends the program with exit code 2."""
-        say(f"nanoglimpse: error: {one_line(message)} (see --help)")
+        fail(f"{message} (see --help)")
         raise SystemExit(2)
 
 
@@ -54,6 +56,7 @@ def add_option(
     help: str,
     shown: str = "",
     choices: Iterable[str] | None = None,
+    kind: Kind | None = None,
     **more: Any,
 ) -> None:
     """Declares an option in one line.
@@ -61,23 +64,25 @@ def add_option(
     Args:
         container: a parser, or a group of its options.
         flag: the option, or the name of a positional argument.
-        default: a value, whose type is that of the option: False for a switch, a list or a tuple
-            for several values. Or a type, for an option that is None unless it is given.
+        default: a value: False for a switch, a list or a tuple for several values. Or a kind or a
+            type, for an option that is None unless it is given.
         help: what the option does; the default is appended.
         shown: the default in words, where its value is not clear by itself.
         choices: the allowed values.
+        kind: what values are accepted; numbers have one. Otherwise the type of the default.
         more: further arguments of `add_argument`.
     """
     if default is False:
         more["action"] = "store_true"
-    elif isinstance(default, type):
+    elif isinstance(default, type | Kind):
         more = {"type": default, "choices": choices, **more}
     else:
         several = isinstance(default, list | tuple)
         values = default if several else [default]
         shown = shown or " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
         more = {"nargs": "+"} | more if several else more
-        more = {"type": type(values[0]), "default": default, "choices": choices, **more}
+        more = {"default": default, "choices": choices, **more}
+        more = {"type": kind or type(values[0]), **more}
     container.add_argument(flag, help=f"{help} (default: {shown})" if shown else help, **more)
 
 
@@ -126,7 +131,7 @@ def run(
         The command's exit code; 2 for misuse, 1 for failure, 130 after Ctrl-C, 143 after SIGTERM.
     """
     _open_streams()
-    with _terminable(), _settled():
+    with _guarded(), _terminable(), _settled():
         args = argparse.Namespace(debug=False)
         try:
             args = parser.parse_args(arguments)
@@ -192,6 +197,36 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class Guarded:
+    """A stream on which what others wrote cannot act; otherwise as the stream itself.
+
+    Attributes:
+        stream: where the text goes; `rewrite` uses it as it is.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text, with its controls in a form that can be read."""
+        return self.stream.write(terminal(text))
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else the stream can do."""
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """Guards stdout and stderr."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, Guarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
 def _open_streams() -> None:
     """Opens the null device in place of streams that the caller has closed, as `>&-` does."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -214,9 +249,17 @@ def fail(message: str, debug: bool = False) -> None:
 
 
 def say(text: str) -> None:
-    """Prints a line on stderr, if anyone still reads it."""
+    """Prints a line on stderr, if anyone still reads it, without logins and keys of addresses."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(terminal(masked(text)), file=sys.stderr, flush=True)
+
+
+def rewrite(line: str, end: bool = False) -> None:
+    """Replaces the last line of stderr on a terminal; it disappears with the next one at an end."""
+    stream = getattr(sys.stderr, "stream", sys.stderr)
+    with suppress(OSError):
+        tail = "\r\033[K" if end else "\033[K"
+        print(f"\r{terminal(masked(line))}{tail}", end="", file=stream, flush=True)
 
 
 def note(args: argparse.Namespace) -> Callable[[str], None]:
@@ -239,17 +282,15 @@ class Progress:
 
     def __call__(self, done: int, total: int, remark: str = "") -> None:
         """Shows that `done` of `total` are done; the line disappears when all are."""
-        now, terminal = time.perf_counter(), sys.stderr.isatty()
-        wait = REWRITE if terminal else EVERY
-        ends = terminal and done >= total
+        now, on_terminal = time.perf_counter(), sys.stderr.isatty()
+        wait = REWRITE if on_terminal else EVERY
+        ends = on_terminal and done >= total
         if self.quiet or (now - self.shown < wait and not ends):
             return
         self.shown = now
         counts = f"{done / 1e9:.2f} of {total / 1e9:.2f} GB" if self.bytes else f"{done} of {total}"
         line = f"{self.label:<11} {counts}{f', {remark}' if remark else ''}"
-        with suppress(OSError):
-            if terminal:
-                end = "\r\033[K" if ends else "\033[K"
-                print(f"\r{line}", end=end, file=sys.stderr, flush=True)
-            else:
-                print(line, file=sys.stderr, flush=True)
+        if on_terminal:
+            rewrite(line, ends)
+        else:
+            say(line)

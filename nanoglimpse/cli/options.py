@@ -7,6 +7,18 @@ from dataclasses import fields
 from typing import Any
 
 from nanoglimpse.cli.console import Parser, Progress, adder, note
+from nanoglimpse.cli.kinds import (
+    COUNT,
+    DEVICE,
+    FRACTION,
+    NAME,
+    NATURAL,
+    PIXELS,
+    SEED,
+    SHARE,
+    WEIGHT,
+    number,
+)
 from nanoglimpse.config import GREEDY, Sampling
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import UsageError
@@ -16,32 +28,37 @@ from nanoglimpse.loader import load
 from nanoglimpse.methods.options import KV_DROPS, Pruning
 
 CHECKPOINT = "as generation_config.json says, or "
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # By group and flag: the arguments of `console.add_option` after the flag.
 SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
     "model": {
-        "--model": ("nano", "'nano', a folder, or a Hub id"),
-        "--glimpse": (str, "folder or Hub id of glimpse weights", "MODEL/glimpse"),
-        "--adapter": (str, "folder or Hub id of a LoRA adapter to merge (PEFT layout)"),
-        "--device": ("auto", "auto, cpu, cuda or cuda:N"),
-        "--dtype": ("auto", "auto, float32, bfloat16 or float16"),
-        "--backend": ("auto", f"kernels to use: {', '.join(BACKENDS)}"),
+        "--model": ("nano", "'nano', a folder, or a Hub id", "", None, NAME),
+        "--glimpse": (NAME, "folder or Hub id of glimpse weights", "MODEL/glimpse"),
+        "--adapter": (NAME, "folder or Hub id of a LoRA adapter to merge (PEFT layout)"),
+        "--device": ("auto", "auto, cpu, cuda or cuda:N", "", None, DEVICE),
+        "--dtype": ("auto", "type of the weights", "", DTYPES),
+        "--backend": ("auto", "kernels to use", "", BACKENDS),
         "--offline": (False, "fetch nothing: no model, no picture; as HF_HUB_OFFLINE=1"),
         "--quantize": (str, "quantise the weights of the decoder", "", MODES),
     },
     "pictures": {
-        "--min-pixels": (int, "enlarge pictures with fewer pixels", "the model's"),
-        "--max-pixels": (int, "shrink pictures or frames with more pixels", "the model's"),
+        "--min-pixels": (PIXELS, "enlarge pictures with fewer pixels", "the model's"),
+        "--max-pixels": (PIXELS, "shrink pictures or frames with more pixels", "the model's"),
     },
     "pruning": {
         "--method": (
-            str,
+            NAME,
             "name of a pruning method (see --list-methods) or file.py:Class",
             "glimpse where there are weights for it",
         ),
-        "--threshold": (float, "keep tokens with a probability above this", "the weights' own"),
-        "--max-ratio": (float, "keep at most this share of the visual tokens", "no cap"),
-        "--max-frame-ratio": (float, "keep at most this share of each pair of frames", "no cap"),
-        "--min-tokens": (int, "keep at least this many visual tokens", "the weights' own, or 1"),
+        "--threshold": (FRACTION, "keep tokens with a probability above this", "the weights' own"),
+        "--max-ratio": (FRACTION, "keep at most this share of the visual tokens", "no cap"),
+        "--max-frame-ratio": (FRACTION, "keep at most this share of each pair of frames", "no cap"),
+        "--min-tokens": (
+            NATURAL,
+            "keep at least this many visual tokens",
+            "the weights' own, or 1",
+        ),
         "--kv-drop": (
             Pruning.kv_drop,
             "drop tokens from the KV cache of all layers, or of later layers only",
@@ -51,21 +68,21 @@ SHARED: dict[str, dict[str, tuple[Any, ...]]] = {
         "--keep-videos": (False, "prune images only, not videos"),
     },
     "answer": {
-        "--max-new-tokens": (128, "maximum number of tokens in an answer"),
-        "--temperature": (float, "sampling temperature; 0 is greedy", f"{CHECKPOINT}0"),
+        "--max-new-tokens": (128, "maximum number of tokens in an answer", "", None, COUNT),
+        "--temperature": (WEIGHT, "sampling temperature; 0 is greedy", f"{CHECKPOINT}0"),
         "--top-p": (
-            float,
+            SHARE,
             "sample from the smallest set of tokens with this probability",
             f"{CHECKPOINT}1",
         ),
-        "--top-k": (int, "sample from the k most likely tokens; 0 for all", f"{CHECKPOINT}0"),
+        "--top-k": (NATURAL, "sample from the k most likely tokens; 0 for all", f"{CHECKPOINT}0"),
         "--repetition-penalty": (
-            float,
+            number(0, open_low=True),
             "divide the logits of tokens seen before by this",
             f"{CHECKPOINT}1",
         ),
         "--greedy": (False, "take the most likely token, whatever generation_config.json says"),
-        "--seed": (int, "seed that makes sampling repeatable"),
+        "--seed": (SEED, "seed that makes sampling repeatable"),
     },
 }
 

@@ -15,11 +15,20 @@ from pathlib import Path
 
 from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Parser, Progress, adder, note
+from nanoglimpse.cli.kinds import COUNT, FILE, NAME, NATURAL, RATIO, SEED, WEIGHT, whole
 from nanoglimpse.cli.options import add_shared, load_engine
-from nanoglimpse.distributed import ProcessGroup, local_device
+from nanoglimpse.distributed import ProcessGroup, is_first, local_device
 from nanoglimpse.engine import Engine
 from nanoglimpse.errors import NanoglimpseError, UsageError
-from nanoglimpse.evaluate.figures import SCORES, best_score, read_variants, variant_results
+from nanoglimpse.evaluate.figures import (
+    SCORES,
+    Variants,
+    best_score,
+    caveats,
+    comparable,
+    read_variants,
+    variant_results,
+)
 from nanoglimpse.evaluate.judge import KEY, Judge, grade
 from nanoglimpse.evaluate.page import page
 from nanoglimpse.evaluate.questions import FileQuestions, QuestionSource, WorldQuestions
@@ -45,17 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words and words[0] in COMMANDS:
         command, make = COMMANDS[words[0]]
         return console.run(command, make(), words[1:])
+    return console.run(
+        _with_peers,
+        _parser(),
+        words,
+        interrupted="interrupted; with --out the same command continues",
+        memory="continue with a smaller --batch or --max-pixels",
+        # Every process meets the same error of usage.
+        report=is_first,
+    )
+
+
+def _with_peers(args: argparse.Namespace) -> int:
     group = ProcessGroup()
     try:
-        return console.run(
-            partial(evaluate, group),
-            _parser(),
-            words,
-            interrupted="interrupted; with --out the same command continues",
-            memory="continue with a smaller --batch or --max-pixels",
-            # Every process meets the same error of usage.
-            report=lambda: group.rank == 0,
-        )
+        return evaluate(group, args)
     finally:
         group.close(wait=False)
 
@@ -67,6 +80,11 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
     variants = combine(args.methods, args.ratios, forms, args.kv_drop)
     judge = _judge(args) if args.judge_url else None
     source = _source(args)
+    if not source.has_boxes and any(variant.method == "oracle" for variant in variants):
+        raise UsageError(
+            "method oracle keeps what the questions' boxes mark, but no question of --data has "
+            "boxes; leave oracle out, or add boxes"
+        )
     engine = load_engine(args, device=local_device(args.device))
     check_variants(engine, variants)
     with ExitStack() as held:
@@ -81,8 +99,20 @@ def evaluate(group: ProcessGroup, args: argparse.Namespace) -> int:
                 _grade(results, judge, args)
             names = {variant.name for variant in variants}
             shown = [one for one in variant_results(results) if one.name in names]
-            print(progress_table(shown, source.groups))
+            _show(shown, source.groups, note(args))
     return 0
+
+
+def _show(variants: Variants, groups: Sequence[str], say: Callable[[str], None]) -> None:
+    """Prints a table of the variants, and says what it leaves out."""
+    try:
+        shown, gaps = comparable(variants, "contains")
+    except UsageError as error:
+        say(str(error))
+        return
+    print(progress_table(shown, groups))
+    for line in [*gaps, *caveats(shown)]:
+        say(line)
 
 
 def _resume(
@@ -186,10 +216,6 @@ def _run(
 
 
 def _source(args: argparse.Namespace) -> QuestionSource:
-    if args.count is not None and args.count < 1:
-        raise UsageError(f"--count must be at least 1, got {args.count}")
-    if args.batch < 1:
-        raise UsageError(f"--batch must be at least 1, got {args.batch}")
     if args.data == ["world"]:
         seed = SPLITS[args.split].start if args.seed is None else args.seed
         count = WORLD_COUNT if args.count is None else args.count
@@ -204,8 +230,6 @@ def _source(args: argparse.Namespace) -> QuestionSource:
 def _judge(args: argparse.Namespace) -> Judge:
     if not args.judge_model:
         raise UsageError("--judge-url needs --judge-model, the model to use at that address")
-    if args.judge_workers < 1:
-        raise UsageError(f"--judge-workers must be at least 1, got {args.judge_workers}")
     return Judge(args.judge_url, args.judge_model, args.judge_temperature)
 
 
@@ -216,7 +240,7 @@ def _grade(results: ResultsFile, judge: Judge, args: argparse.Namespace) -> None
 def _judge_parser() -> Parser:
     about = "Grade the answers without a verdict."
     parser = Parser(prog="nanoglimpse evaluate judge", description=about, quiet=True)
-    adder(parser)("file", Path, "file of results, to which verdicts are added")
+    adder(parser)("file", FILE, "file of results, to which verdicts are added")
     _judge_options(parser)
     return parser
 
@@ -231,7 +255,7 @@ def judge_file(args: argparse.Namespace) -> int:
         results = ResultsFile.resume(args.file, options)
         _grade(results, judge, args)
     groups = list(dict.fromkeys(row["group"] for row in results.rows))
-    print(progress_table(variant_results(results), groups))
+    _show(variant_results(results), groups, note(args))
     return 0
 
 
@@ -240,9 +264,9 @@ def _report_parser() -> Parser:
     parser = Parser(prog="nanoglimpse evaluate report", description=about)
     best, keys = "judge if all answers are graded, else contains", [m.key for m in SCORES]
     add = adder(parser)
-    add("files", Path, "files of results", nargs="+")
-    add("--csv", Path, "write every figure with its interval as CSV", metavar="FILE")
-    add("--html", Path, "write a page with table, charts and gallery", metavar="FILE")
+    add("files", FILE, "files of results", nargs="+")
+    add("--csv", FILE, "write every figure with its interval as CSV", metavar="FILE")
+    add("--html", FILE, "write a page with table, charts and gallery", metavar="FILE")
     add("--score", str, "score of tables and charts", best, keys)
     return parser
 
@@ -256,7 +280,8 @@ def report(args: argparse.Namespace) -> int:
     score = args.score or best_score(variants)
     if not any(variant.get(score) for variant in variants):
         raise UsageError(f"no result has the score {score}; the command judge adds verdicts")
-    notes = list(chain.from_iterable(map(_notes, args.files, files)))
+    variants, gaps = comparable(variants, score)
+    notes = [*chain.from_iterable(map(_notes, args.files, files)), *gaps, *caveats(variants)]
     if args.csv:
         write_whole(args.csv, as_csv(variants).encode())
     if args.html:
@@ -311,17 +336,17 @@ def _parser() -> Parser:
     _data_options(parser)
     add = adder(parser.add_argument_group("methods"))
     names = f"all, or any of {', '.join(METHODS)}"
-    add("--methods", ["dense", "glimpse"], names, metavar="METHOD")
-    add("--ratios", ["none"], ratios, metavar="RATIO")
+    add("--methods", ["dense", "glimpse"], names, kind=NAME, metavar="METHOD")
+    add("--ratios", [None], ratios, "none", kind=RATIO, metavar="RATIO")
     add("--brief", "no", "whether prompts ask for a single word", choices=("no", "yes", "both"))
-    add("--batch", 8, "batch size; 1 to measure latency")
+    add("--batch", 8, "batch size; 1 to measure latency", kind=COUNT)
     add_shared(parser, "pruning", "--kv-drop")
     # The paper allows 1024.
     add_shared(parser, "answer", "--max-new-tokens", max_new_tokens=MAX_NEW_TOKENS)
     add_shared(parser, "pictures")
     add = adder(parser.add_argument_group("results"))
-    add("--out", Path, "file of results to append to and to continue")
-    add("--gallery", 0, gallery, metavar="N")
+    add("--out", FILE, "file of results to append to and to continue")
+    add("--gallery", 0, gallery, kind=NATURAL, metavar="N")
     _judge_options(parser)
     return parser
 
@@ -335,21 +360,21 @@ def _data_options(parser: Parser) -> None:
     kinds = sum(QUESTION_KINDS.values(), ())
     group = parser.add_argument_group("data")
     add, seed = adder(group), adder(group.add_mutually_exclusive_group())
-    add("--data", ["world"], data)
-    add("--images", Path, "folder of the pictures", "that of each file")
+    add("--data", ["world"], data, kind=NAME)
+    add("--images", FILE, "folder of the pictures", "that of each file")
     seed("--split", "heldout", "split of the world", choices=SPLITS)
-    seed("--seed", int, "seed of the world, in place of a split")
+    seed("--seed", SEED, "seed of the world, in place of a split")
     add("--domains", list(DOMAINS), "domains of the world", "all", DOMAINS)
     add("--kinds", str, "kinds of the world's questions", "all", kinds, nargs="+")
-    add("--count", int, "questions of each group", count)
+    add("--count", COUNT, "questions of each group", count)
 
 
 def _judge_options(parser: Parser) -> None:
     add = adder(parser.add_argument_group("judge"))
     add("--judge-url", str, f"OpenAI-compatible endpoint; its key is in ${KEY}", metavar="URL")
-    add("--judge-model", str, "model at the endpoint", metavar="NAME")
-    add("--judge-temperature", 0.0, "sampling temperature; the paper uses 0.7")
-    add("--judge-workers", 4, "requests at a time")
+    add("--judge-model", NAME, "model at the endpoint", metavar="NAME")
+    add("--judge-temperature", 0.0, "sampling temperature; the paper uses 0.7", kind=WEIGHT)
+    add("--judge-workers", 4, "requests at a time", kind=whole(1, 256))
 
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[], Parser]]] = {

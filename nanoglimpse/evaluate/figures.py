@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,7 @@ class VariantResults:
         method, ratio, brief, stop: as in the results; `stop` is the layer of the first pruning.
         rows: the results, each with the score of its verdict if there is one.
         figures: by group (including AVERAGE) and measure.
+        file: the name of the file if there are several.
     """
 
     label: str
@@ -141,6 +142,7 @@ class VariantResults:
     stop: int | None
     rows: list[dict] = field(repr=False)
     figures: dict[str, dict[str, Figure]] = field(repr=False)
+    file: str = ""
 
     @property
     def name(self) -> str:
@@ -203,7 +205,7 @@ def _summary(rows: list[dict], prefix: str) -> VariantResults:
     first = rows[0]
     label = first["arm"].removesuffix(" brief") if first["brief"] else first["arm"]
     same: dict[str, Any] = {key: first.get(key) for key in ("method", "ratio", "brief", "stop")}
-    return VariantResults(prefix + label, rows=rows, figures=summarise(rows), **same)
+    return VariantResults(prefix + label, rows=rows, figures=summarise(rows), file=prefix, **same)
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, dict[str, Figure]]:
@@ -237,6 +239,70 @@ def _figures(values: Tensor, draws: Tensor, counts: Tensor) -> dict[str, Figure]
     columns = zip(values.tolist(), *bounds(draws).tolist(), counts.tolist(), strict=True)
     figures = zip(MEASURES, starmap(Figure, columns), strict=True)
     return {key: figure for key, figure in figures if figure.count}
+
+
+def comparable(variants: Variants, score: str) -> tuple[list[VariantResults], list[str]]:
+    """The variants over the questions for which all of them have a score.
+
+    A run that was cut has answered other questions in one variant than in the next, and the
+    questions are not equally hard. Files without a common question are data of their own, each
+    with its own questions.
+
+    Returns:
+        The variants, and lines that say what has been left out, if anything has.
+
+    Raises:
+        UsageError: variants of one file, or of files that share questions, have none in common.
+    """
+    answered = [{row["question"] for row in v.rows if row.get(score) is not None} for v in variants]
+    data: list[set[int]] = []
+    for number, variant in enumerate(variants):
+        near = [
+            own
+            for own in data
+            if any(variants[i].file == variant.file or answered[i] & answered[number] for i in own)
+        ]
+        data = [own for own in data if own not in near] + [{number}.union(*near)]
+    shown, lines = list(variants), []
+    for members in map(sorted, data):
+        common = set.intersection(*(answered[i] for i in members))
+        every = set.union(*(answered[i] for i in members))
+        if not common:
+            names = ", ".join(variants[i].name for i in members)
+            raise UsageError(
+                f"no question has the score {score} in all of {names}, so that they cannot be "
+                "compared; complete the run, or report files of different questions one by one"
+            )
+        gaps = [(variants[i].name, len(every) - len(answered[i])) for i in members]
+        if len(common) < len(every):
+            lines.append(
+                f"The figures are those of the {len(common)} questions that all variants have "
+                f"answered, of {len(every)}: "
+                f"{', '.join(f'{name} lacks {count}' for name, count in gaps if count)}."
+            )
+            for i in members:
+                shown[i] = _restricted(variants[i], common)
+    if len(data) > 1:
+        lines.append("Some files hold other questions than others; compare variants of one file.")
+    return shown, lines
+
+
+def _restricted(variant: VariantResults, questions: set[str]) -> VariantResults:
+    rows = [row for row in variant.rows if row["question"] in questions]
+    return replace(variant, rows=rows, figures=summarise(rows))
+
+
+def caveats(variants: Variants) -> list[str]:
+    """Lines about figures that are not what their name says."""
+    lines = []
+    for variant in variants:
+        without = sum(row["recall"] is None for row in variant.rows)
+        if variant.method == "oracle" and without:
+            lines.append(
+                f"{variant.name}: {without} of {len(variant.rows)} questions have no boxes. There "
+                "it has nothing to keep, and is no upper bound."
+            )
+    return lines
 
 
 def best_score(variants: Variants) -> str:

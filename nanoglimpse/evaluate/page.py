@@ -7,9 +7,9 @@ pointer.
 import math
 import re
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
+from nanoglimpse.escape import html
 from nanoglimpse.evaluate.figures import AVERAGE, FAMILIES, MEASURES, VariantResults, Variants
 from nanoglimpse.evaluate.store import ResultsFile
 
@@ -40,12 +40,12 @@ def page(variants: Variants, files: Sequence[ResultsFile], score: str, notes: Se
     columns = {key: border * (key == keys[0]) for keys in families.values() for key in keys}
     groups = [AVERAGE, *dict.fromkeys(group for variant in variants for group in variant.groups)]
     parts = {
-        "notes": "\n".join(f'<p class="faint">{escape(note)}</p>' for note in notes),
-        "groups": "".join(f"<option>{escape(group)}</option>" for group in groups),
+        "notes": "\n".join(f'<p class="faint">{html(note)}</p>' for note in notes),
+        "groups": "".join(f"<option>{html(group)}</option>" for group in groups),
         "caps": _caps(variants, every=True),
         "head": _head({family: len(keys) for family, keys in families.items() if keys}, columns),
         "bodies": "\n".join(_body(variants, group, columns) for group in groups),
-        "score": escape(MEASURES[score].title),
+        "score": html(MEASURES[score].title),
         "charts": _charts(variants, score, groups),
         "gallery": _gallery(variants, files, score),
     }
@@ -55,10 +55,10 @@ def page(variants: Variants, files: Sequence[ResultsFile], score: str, notes: Se
 
 def _head(widths: dict[str, int], columns: dict[str, str]) -> str:
     families = "".join(
-        f'<th class="first" colspan="{width}">{escape(family)}</th>'
+        f'<th class="first" colspan="{width}">{html(family)}</th>'
         for family, width in widths.items()
     )
-    titles = "".join(f"<th{at}>{escape(MEASURES[key].title)}</th>" for key, at in columns.items())
+    titles = "".join(f"<th{at}>{html(MEASURES[key].title)}</th>" for key, at in columns.items())
     return (
         f'<tr class="head"><th></th><th colspan="2"></th>{families}</tr>\n'
         f'<tr class="titles"><th>method</th><th>prompt</th><th>n</th>{titles}</tr>'
@@ -74,11 +74,11 @@ def _body(variants: Variants, group: str, columns: dict[str, str]) -> str:
         cells = [_cell(variant, key, group, at) for key, at in columns.items()]
         form = "brief" if variant.brief else "free"
         lines.append(
-            f"<tr{_marks(variant)}><td>{escape(variant.label)}</td><td>{form}</td>"
+            f"<tr{_marks(variant)}><td>{html(variant.label)}</td><td>{form}</td>"
             f'<td data-v="{count}">{count}</td>{"".join(cells)}</tr>'
         )
     hidden = "" if group == AVERAGE else " hidden"
-    return f'<tbody data-group="{escape(group)}"{hidden}>' + "\n".join(lines) + "</tbody>"
+    return f'<tbody data-group="{html(group)}"{hidden}>' + "\n".join(lines) + "</tbody>"
 
 
 def _marks(variant: VariantResults) -> str:
@@ -99,7 +99,7 @@ def _cell(variant: VariantResults, key: str, group: str, attribute: str) -> str:
     figure = variant.get(key, group)
     if figure is None:
         return f'<td{attribute} data-v="NaN"></td>'
-    title = escape(variant.text(key, group, interval=True))
+    title = html(variant.text(key, group, interval=True))
     value = f'data-v="{figure.value:.6g}" title="{title}"'
     return f"<td{attribute} {value}>{variant.text(key, group)}</td>"
 
@@ -112,22 +112,27 @@ def _charts(variants: Variants, score: str, groups: Sequence[str]) -> str:
     charts = []
     for group in shown:
         for brief in (False, True):
-            members = [v for v in variants if v.brief == brief and v.get(score, group)]
+            members = [v for v in variants if v.brief == brief and _has_place(v, score, group)]
             if members:
                 title = f"{group}, {'brief' if brief else 'free-form'} prompts"
                 charts.append(chart(members, score, group, title, methods))
     items = [
-        f'<li data-series="{i}"><svg viewBox="-6 -6 12 12">{_mark(i, 0, 0)}</svg>{escape(m)}</li>'
+        f'<li data-series="{i}"><svg viewBox="-6 -6 12 12">{_mark(i, 0, 0)}</svg>{html(m)}</li>'
         for i, m in enumerate(methods)
     ]
     return "\n".join([f'<ul class="legend">{"".join(items)}</ul>', *charts])
+
+
+def _has_place(variant: VariantResults, score: str, group: str) -> bool:
+    """Whether a chart can show a variant; a file of another version may lack the retention."""
+    return all(variant.get(key, group) for key in (score, "decode_kv"))
 
 
 def _mark(number: int, x: float, y: float, title: str = "") -> str:
     """The mark of a series: a dot, or another shape when the colours repeat."""
     shape, place = divmod(number, len(COLOURS))
     colour = COLOURS[place]
-    label = f"<title>{escape(title)}</title>" if title else ""
+    label = f"<title>{html(title)}</title>" if title else ""
     if not shape:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{label}</circle>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' * (shape % 2)
@@ -142,7 +147,7 @@ def chart(variants: Variants, score: str, group: str, title: str, methods: Seque
     # The axis starts below the lowest score, but not below all intervals.
     lowest = min(variant.figures[group][score].value for variant in variants)
     base = math.floor(10 * max(lowest - 0.02, 0.0)) / 10
-    parts = [f'<text x="{LEFT}" y="14" font-weight="600">{escape(title)}</text>', _axes(base)]
+    parts = [f'<text x="{LEFT}" y="14" font-weight="600">{html(title)}</text>', _axes(base)]
     lines: dict[int, list[tuple[float, float, str]]] = {}
     for variant in variants:
         number = methods.index(variant.uncapped)
@@ -214,7 +219,7 @@ def _gallery(variants: Variants, files: Sequence[ResultsFile], score: str) -> st
         '<svg width="0" height="0" style="position:absolute"><defs>',
         *(
             f'<symbol id="{numbers[name]}" viewBox="0 0 1 1" preserveAspectRatio="none"><image '
-            f'href="{escape(uri)}" width="1" height="1" preserveAspectRatio="none"/></symbol>'
+            f'href="{html(uri)}" width="1" height="1" preserveAspectRatio="none"/></symbol>'
             for name, uri in pictures.items()
         ),
         "</defs></svg>",
@@ -222,8 +227,8 @@ def _gallery(variants: Variants, files: Sequence[ResultsFile], score: str) -> st
     for (name, asked), members in shown.items():
         wanted = members[0][1]["wanted"]
         parts.append(
-            f"<section><h3>{escape(asked)}</h3>"
-            f'<p>Right: <b>{escape(wanted)}</b> <span class="faint">({escape(name)})</span></p>'
+            f"<section><h3>{html(asked)}</h3>"
+            f'<p>Right: <b>{html(wanted)}</b> <span class="faint">({html(name)})</span></p>'
             f'<div class="cards">'
         )
         parts += [_card(variant, row, numbers[name], score) for variant, row in members]
@@ -233,7 +238,7 @@ def _gallery(variants: Variants, files: Sequence[ResultsFile], score: str) -> st
 
 def _card(variant: VariantResults, row: dict, picture: str, score: str) -> str:
     (height, width), importance = row["grid"], row["importance"]
-    known = f' data-importance="{importance}"' if importance else ""
+    known = f' data-importance="{html(importance)}"' if importance else ""
     boxes = "".join(
         f'<rect class="box" x="{x0 * width:.3f}" y="{y0 * height:.3f}" '
         f'width="{(x1 - x0) * width:.3f}" height="{(y1 - y0) * height:.3f}"/>'
@@ -244,12 +249,12 @@ def _card(variant: VariantResults, row: dict, picture: str, score: str) -> str:
     share = row["kept"] / max(row["visual"], 1)
     return (
         f"<figure{_marks(variant)}>"
-        f'<svg viewBox="0 0 {width} {height}" data-cells="{row["cells"]}"{known}>'
+        f'<svg viewBox="0 0 {width} {height}" data-cells="{html(row["cells"])}"{known}>'
         f'<use href="#{picture}" width="{width}" height="{height}"/>'
         f'<path class="dropped" d="{dropped(row["cells"], width, height)}"/>{boxes}</svg>'
-        f"<figcaption><b>{escape(variant.label)}</b> "
+        f"<figcaption><b>{html(variant.label)}</b> "
         f'<span class="faint">{row["kept"]} of {row["visual"]} ({share:.1%})</span><br>'
-        f'<span class="{kind}">{sign} {escape(row["reply"])}</span></figcaption></figure>'
+        f'<span class="{kind}">{sign} {html(row["reply"])}</span></figcaption></figure>'
     )
 
 

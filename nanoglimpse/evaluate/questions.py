@@ -63,12 +63,14 @@ class QuestionSource(Protocol):
         groups: data sets or domains, in order.
         total: the number of questions.
         missing: the missing pictures, one per question that is left out because of it.
+        has_boxes: whether any question says where in the picture its evidence is.
         identity: JSON that differs between different data.
     """
 
     groups: Sequence[str]
     total: int
     missing: Sequence[str]
+    has_boxes: bool
     identity: dict
 
     def questions(self, brief: bool) -> Iterator[EvalQuestion]:
@@ -82,7 +84,7 @@ class WorldQuestions(QuestionSource):
         self, seed: int, domains: Sequence[str], count: int, kinds: Sequence[str] | None = None
     ):
         self.seed, self.groups, self.count, self.missing = seed, list(domains), count, []
-        self.kinds = kinds and sorted(kinds)
+        self.kinds, self.has_boxes = kinds and sorted(kinds), True
         self.total, self.identity = count * len(domains), {"world": seed}
         if kinds:
             self.identity["kinds"] = self.kinds
@@ -140,6 +142,8 @@ class FileQuestions(QuestionSource):
             first = f"; the first missing picture is {self.missing[0]}" if self.missing else ""
             raise UsageError(f"{', '.join(map(str, paths))}: no usable questions{first}")
         self.groups, self.total = list(numbers), len(self._questions)
+        rows = [(question.qa.boxes, question.row) for question in self._questions]
+        self.has_boxes = any(boxes or (row and row.pixel_boxes) for boxes, row in rows)
         contents = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in paths]
         names = [path.name for path in paths]
         names = names if len({*names}) == len(names) else list(map(str, paths))

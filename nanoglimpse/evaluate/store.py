@@ -6,90 +6,14 @@ leaves at most half a line at the end, which the next run removes.
 """
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nanoglimpse.errors import NanoglimpseError, UsageError
+from nanoglimpse.evaluate.records import wrong
 from nanoglimpse.jsonl import Journal
 
 HEADER = '{"options":'
-LIMIT = 1e18
-Check = Callable[[Any], bool]
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and -LIMIT < value < LIMIT
-
-
-def _maybe(value: Any) -> bool:
-    return value is None or _number(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < LIMIT
-
-
-def _numbers(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_maybe, value.values()))
-
-
-def _hex(value: Any) -> bool:
-    return isinstance(value, str) and len(value) > 0 and not set(value) - set("0123456789abcdef")
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
-
-
-def _row_of(count: int, value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == count and all(map(_number, value))
-
-
-def _grid(value: Any) -> bool:
-    return _row_of(2, value) and all(_count(side) and side for side in value)
-
-
-def _boxes(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(_row_of(4, box) for box in value)
-
-
-# What the values of each kind of record must be; other keys are ignored.
-RESULT: dict[str, Check] = dict.fromkeys(
-    ("question", "arm", "method", "group", "asked", "wanted", "reply"), _text
-)
-RESULT |= {"ratio": _maybe, "brief": _count, "contains": _number, "recall": _maybe}
-RESULT |= {"visual": _count, "kept": _count, "flops": _numbers, "ms": _numbers}
-# A result may have these as well.
-FURTHER: dict[str, Check] = dict.fromkeys(
-    ("exact", "anls", "f1", "iou", "prompt", "tokens", "stop", "batch", "peak_bytes"), _maybe
-)
-FURTHER |= dict.fromkeys(("input", "prefill", "decode_kv", "kv_rows", "kv_bytes"), _maybe)
-GALLERY: dict[str, Check] = {"grid": _grid, "boxes": _boxes, "cells": _hex}
-GALLERY |= {"importance": lambda value: value is None or _hex(value)}
-PICTURE: dict[str, Check] = {"picture": _text, "uri": _text}
-VERDICT: dict[str, Check] = {"verdict": _text, "arm": _text, "question": _text, "score": _number}
-VERDICT |= {"understood": _count}
-MISSING: dict[str, Check] = {"missing": _texts}
-ERROR: dict[str, Check] = {"question": _text, "error": _text}
-
-
-def _is(record: dict, kind: dict[str, Check]) -> bool:
-    return all(name in record and check(record[name]) for name, check in kind.items())
-
-
-def _is_result(record: dict) -> bool:
-    further = {name: check for name, check in FURTHER.items() if name in record}
-    if not _text(record.get("kind", "")) or not _is(record, RESULT | further):
-        return False
-    if "cells" not in record:
-        return True
-    return _is(record, GALLERY) and math.prod(record["grid"]) <= 4 * len(record["cells"])
 
 
 class ResultsFile:
@@ -121,7 +45,7 @@ class ResultsFile:
 
         Raises:
             UsageError: there is no such file.
-            NanoglimpseError: it is not a file of results.
+            NanoglimpseError: it is not a file of results, or a line is damaged; it says which.
         """
         if not path.is_file():
             raise UsageError(f"there is no file {path}")
@@ -131,7 +55,9 @@ class ResultsFile:
             raise NanoglimpseError(f"{path} is not a file of results; give another file")
         results = cls(path, options)
         for number, record in records:
-            results._take(record if isinstance(record, dict) else {}, number)
+            if fault := wrong(record):
+                raise NanoglimpseError(f"{path}, line {number}, is not a result: {fault}")
+            results._take(record)
         return results
 
     @classmethod
@@ -169,25 +95,23 @@ class ResultsFile:
         if self.path:
             Journal(self.path).append(records)
         for record in records:
-            self._take(record, 0)
+            self._take(record)
 
-    def _take(self, record: dict, number: int) -> None:
-        if _is(record, PICTURE):
+    def _take(self, record: dict) -> None:
+        if "picture" in record:
             self.pictures[record["picture"]] = record["uri"]
-        elif _is(record, VERDICT):
+        elif "verdict" in record:
             self.verdicts[record["arm"], record["question"]] = record
-        elif _is(record, MISSING):
+        elif "missing" in record:
             self.missing = record["missing"]
-        elif _is(record, ERROR):
+        elif "error" in record:
             self.errors[record["question"]] = record["error"]
-        elif _is_result(record):
+        else:
             key = record["arm"], record["question"]
             if key not in self.done:
                 self.rows.append(record)
             self.done.add(key)
             self.errors.pop(record["question"], None)
-        else:
-            raise NanoglimpseError(f"{self.path}, line {number}, is not a result")
 
 
 def _difference(written: dict, given: dict) -> str:

@@ -5,6 +5,8 @@ import io
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from nanoglimpse.escape import csv_cell
+from nanoglimpse.escape import markdown as in_markdown
 from nanoglimpse.evaluate.figures import AVERAGE, FAMILIES, MEASURES, VariantResults, Variants
 from nanoglimpse.evaluate.interval import LEVEL
 
@@ -25,7 +27,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as a table; the first line is the head, the first column is left-aligned."""
     head, *rest = lines
     cells = [head, ["---", *["--:"] * (len(head) - 1)], *rest]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    return "\n".join("| " + " | ".join(map(in_markdown, line)) + " |" for line in cells)
 
 
 def _upright(lines: Sequence[Sequence[str]]) -> str:
@@ -194,7 +196,7 @@ def document(variants: Variants, score: str, notes: Sequence[str]) -> str:
     level = f"{LEVEL:.0%} bootstrap intervals in brackets"
     parts = [
         "# Comparison",
-        *notes,
+        *map(in_markdown, notes),
         f"## Scores\n\nMeans over groups; {level}.",
         overview(variants, "score"),
         f"## Kept visual tokens\n\nShares of all visual tokens; {level}.",
@@ -221,5 +223,6 @@ def as_csv(variants: Variants) -> str:
             for key, f in figures.items():
                 start = [variant.label, variant.method, variant.ratio, variant.brief]
                 unit = MEASURES[key].unit
-                writer.writerow([*start, group, key, unit, f.count, f.value, f.low, f.high])
+                line = [*start, group, key, unit, f.count, f.value, f.low, f.high]
+                writer.writerow(map(csv_cell, line))
     return out.getvalue()

@@ -46,24 +46,24 @@ class Variant:
 
 
 def combine(
-    methods: Sequence[str], ratios: Sequence[str], forms: Sequence[bool], kv_drop: str
+    methods: Sequence[str], ratios: Sequence[float | None], forms: Sequence[bool], kv_drop: str
 ) -> list[Variant]:
     """All combinations of methods, ratios and forms that make sense.
 
     Args:
         methods: names of methods, or file.py:Class; "all" stands for every method that prunes a
             single picture.
-        ratios: caps as typed; "none" stands for no cap.
+        ratios: caps; None stands for no cap.
         forms: False for free-form prompts, True for brief ones.
         kv_drop: one of KV_DROPS.
 
     Raises:
-        UsageError: a method or ratio is unknown, or no combination makes sense.
+        UsageError: a method is unknown, or no combination makes sense.
     """
-    caps, variants = [_ratio(text) for text in ratios], []
+    variants: list[Variant] = []
     every = [name for name, method in METHODS.items() if not method.for_videos]
     names = [name for given in methods for name in (every if given == "all" else [given])]
-    for brief, name, ratio in product(forms, names, caps):
+    for brief, name, ratio in product(forms, names, ratios):
         method = find_method(name)
         if method.budget == "fixed":
             ratio = None
@@ -74,18 +74,6 @@ def combine(
     if not variants:
         raise UsageError("these methods need a cap; give --ratios, for example 0.111")
     return variants
-
-
-def _ratio(text: str) -> float | None:
-    if text == "none":
-        return None
-    try:
-        ratio = float(text)
-    except ValueError:
-        raise UsageError(f"ratio must be a number or none, got {text}") from None
-    if not 0 < ratio <= 1:
-        raise UsageError(f"ratio must be in (0, 1], got {text}")
-    return ratio
 
 
 def check_variants(engine: Engine, variants: Sequence[Variant]) -> None:

@@ -297,15 +297,23 @@ class PruningContext:
     def per_image(self, pick: Callable[[slice, int], Tensor]) -> Tensor:
         """Kept visual tokens bool [N], chosen image by image; a video's pair of frames is one.
 
+        The images of a prompt up to any one hold together no more than the rule allows for their
+        tokens: rounding each for itself could exceed the cap, or waste it. What an image is allowed
+        does not depend on those that follow, which a session may not know yet.
+
         Args:
             pick: given an image's visual tokens and how many of them may stay, returns their
                 indices in the image, int64.
         """
-        kept = ~self.prunable
-        for own, _ in self.images():
-            count = own.stop - own.start
-            allowed = min(max(int(self.max_ratio * count), self.rule.min_tokens or 0), count)
-            kept[own.start + pick(own, allowed)] = True
+        kept, images = ~self.prunable, [own for own, _ in self.images()]
+        for prompt in self.prompts():
+            seen = spent = 0
+            for own in (one for one in images if prompt.start <= one.start < prompt.stop):
+                seen += own.stop - own.start
+                cap = max(int(self.max_ratio * seen), self.rule.min_tokens or 0)
+                allowed = min(max(cap - spent, 0), own.stop - own.start)
+                spent += allowed
+                kept[own.start + pick(own, allowed)] = True
         return kept
 
     def images(self) -> Iterator[tuple[slice, tuple[int, int]]]:

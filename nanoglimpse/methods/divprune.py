@@ -4,7 +4,7 @@ As in the public code (llava_arch.py) the first token is the one farthest from i
 neighbour, and each next one the farthest from all chosen. There the minimum over all chosen is
 taken anew in each step; here it is carried along, with the same result. Exact duplicates, which
 have distance 0 to a chosen token as the chosen tokens themselves, are told apart from those. The
-quota is per image, and no matrix of all pairs is made.
+quota is per image (`PruningContext.per_image`), and no matrix of all pairs is made.
 """
 
 import torch

@@ -53,8 +53,8 @@ class Pruning:
     that are None.
 
     Raises:
-        UsageError: a value is out of its range, the method is unknown, needs a cap, or has no use
-            for a part of the rule.
+        UsageError: a value is out of its range, the method is unknown, needs a cap or has none, or
+            has no use for a part of the rule.
     """
 
     method: str | PruningMethod | None = None
@@ -86,11 +86,10 @@ class Pruning:
                 f"method {method.name} keeps a share of the visual tokens that it has to be told; "
                 "give max_ratio (--max-ratio), for example 0.111"
             )
-        given = []
-        if self.max_frame_ratio is not None:
-            given.append("max_frame_ratio (--max-frame-ratio)")
-        if self.anchors:
-            given.append("anchors")
+        if method.budget == "fixed" and self.max_ratio is not None:
+            raise UsageError(f"no max_ratio (--max-ratio) caps method {method.name}; leave it out")
+        frames = ["max_frame_ratio (--max-frame-ratio)"] * (self.max_frame_ratio is not None)
+        given = [*frames, *["anchors"] * bool(self.anchors)]
         if given and not method.pooled:
             pooled = ", ".join(name for name, one in METHODS.items() if one.pooled)
             raise UsageError(

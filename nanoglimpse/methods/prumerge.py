@@ -38,17 +38,20 @@ class PruMerge(PruningMethod):
     def choose(self, context: PruningContext) -> Decision:
         """Image by image."""
         (block,) = context.block_stats.blocks
-        values, kept = context.visual.clone(), ~context.prunable
-        for own, _ in context.images():
+        values = context.visual.clone()
+
+        def pick(own: slice, count: int) -> Tensor:
             score = context.block_stats.received[block][own]
             attention = score / score.sum()
-            chosen = self.standing_out(attention, context.rule.max_ratio)
+            chosen = self.standing_out(attention)[:count]
             gain(values[own], context.block_stats.keys[block][own], attention, chosen)
-            kept[own.start + chosen] = True
+            return chosen
+
+        kept = context.per_image(pick)
         return Decision(kept, values=values[kept])
 
-    def standing_out(self, attention: Tensor, cap: float | None) -> Tensor:
-        """int64, indices of the tokens that stay, at most the cap's share."""
+    def standing_out(self, attention: Tensor) -> Tensor:
+        """int64, indices of the tokens that stay without a cap, the most important first."""
         total = len(attention)
         quarters = torch.quantile(attention, upload(torch.tensor([0.25, 0.75]), attention.device))
         count = int((attention > quarters[1] + 1.5 * (quarters[1] - quarters[0])).sum())
@@ -57,7 +60,7 @@ class PruMerge(PruningMethod):
             step = max(int(int(total / len(chosen)) / 3), 1)
             spaced = torch.arange(0, total, step, device=attention.device)
             chosen = torch.cat((chosen, spaced[~torch.isin(spaced, chosen)]))
-        return chosen if cap is None else chosen[: max(int(cap * total), 1)]
+        return chosen
 
 
 def gain(values: Tensor, keys: Tensor, attention: Tensor, chosen: Tensor) -> None:

@@ -16,6 +16,23 @@ import torch
 
 from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Parser, Progress, adder
+from nanoglimpse.cli.kinds import (
+    COUNT,
+    DEVICE,
+    FILE,
+    FRACTION,
+    NAME,
+    NATURAL,
+    RATE,
+    SEED,
+    SHARE,
+    THREADS,
+    WEIGHT,
+    WORKERS,
+    Kind,
+    number,
+    whole,
+)
 from nanoglimpse.cli.options import add_shared
 from nanoglimpse.config import Config, GlimpseConfig, check_glimpse, read_json
 from nanoglimpse.data.sources import FileExamples, WorldExamples, domains_of
@@ -25,6 +42,7 @@ from nanoglimpse.errors import UsageError
 from nanoglimpse.files import locked
 from nanoglimpse.loader import load
 from nanoglimpse.methods.schedule import two_thirds
+from nanoglimpse.model.device import find_device
 from nanoglimpse.train.check import check_file
 from nanoglimpse.train.curriculum import CURRICULA
 from nanoglimpse.train.glimpse import GlimpseTask, LossWeights
@@ -76,8 +94,8 @@ def _parser() -> Parser:
 def _add_base(parser: Parser) -> None:
     init = "start from these weights and their tokenizer: nano, a run or another folder"
     start = adder(parser.add_mutually_exclusive_group())
-    start("--shape", Path, "config.json to use in place of nano's")
-    start("--init", str, init, metavar="CHECKPOINT")
+    start("--shape", FILE, "config.json to use in place of nano's")
+    start("--init", NAME, init, metavar="CHECKPOINT")
     stages = (
         "stages: whole (from scratch), late (its last two), or for reading: reading (small print), "
         "letters, spelling"
@@ -86,7 +104,7 @@ def _add_base(parser: Parser) -> None:
     add("--retokenize", False, "with --init: make a new tokenizer from the world's phrases")
     add("--curriculum", "whole", stages, choices=CURRICULA)
     add("--domains", list(DOMAINS), "domains to draw", "all", DOMAINS)
-    add("--scale", 1, "factor on the size of micro-batches")
+    add("--scale", 1, "factor on the size of micro-batches", kind=whole(1, 1024))
 
 
 def _add_data(parser: Parser) -> None:
@@ -94,12 +112,12 @@ def _add_data(parser: Parser) -> None:
     brief = "world: share of the micro-batches with brief prompts"
     add_shared(parser, "model", "--model", "--offline")
     add = adder(parser.add_argument_group("data"))
-    add("--data", "world:scene", data)
-    add("--images", Path, "folder of the pictures", "that of the file")
-    add("--pictures", 8, "world: pictures in a micro-batch")
-    add("--questions", 8, "world: questions about a picture")
+    add("--data", "world:scene", data, kind=NAME)
+    add("--images", FILE, "folder of the pictures", "that of the file")
+    add("--pictures", 8, "world: pictures in a micro-batch", kind=whole(1, 1024))
+    add("--questions", 8, "world: questions about a picture", kind=whole(1, 1024))
     add("--short", False, "world: short answers to free-form questions, too")
-    add("--brief", 0.0, brief, metavar="SHARE")
+    add("--brief", 0.0, brief, kind=FRACTION, metavar="SHARE")
 
 
 def _add_glimpse(parser: Parser) -> None:
@@ -109,18 +127,18 @@ def _add_glimpse(parser: Parser) -> None:
     logits = "give the predictor log-probabilities of the glimpse's attention, not raw logits"
     add = adder(parser.add_argument_group("glimpse"))
     add("--token", str, "text token to initialise the glimpse", "random", metavar="TEXT")
-    add("--token-rate", 1.0, rate, metavar="SHARE")
-    add("--le-layers", int, layers, "all", nargs="+")
-    add("--layer", int, "K, number of layers before pruning", "two thirds")
-    add("--taps", int, taps, "four, from the last one down", nargs="*")
+    add("--token-rate", 1.0, rate, kind=FRACTION, metavar="SHARE")
+    add("--le-layers", NATURAL, layers, "all", nargs="+")
+    add("--layer", COUNT, "K, number of layers before pruning", "two thirds")
+    add("--taps", NATURAL, taps, "four, from the last one down", nargs="*")
     add("--log-softmax", False, logits)
-    add("--size", 256, "E, width of the predictor")
-    add("--condition", 512, "F, width of its conditions")
-    add("--threshold", 0.5, "importance above which the weights keep a token")
-    add("--dropout", 0.1, "dropout of the glimpse vectors")
-    add("--dice", 1.0, "weight of the dice loss")
-    add("--bce", 0.1, "weight of the BCE loss")
-    add("--lm", 1.0, "weight of the language loss")
+    add("--size", 256, "E, width of the predictor", kind=whole(1, 2**16))
+    add("--condition", 512, "F, width of its conditions", kind=whole(1, 2**16))
+    add("--threshold", 0.5, "importance above which the weights keep a token", kind=FRACTION)
+    add("--dropout", 0.1, "dropout of the glimpse vectors", kind=number(0, 0.99))
+    add("--dice", 1.0, "weight of the dice loss", kind=WEIGHT)
+    add("--bce", 0.1, "weight of the BCE loss", kind=WEIGHT)
+    add("--lm", 1.0, "weight of the language loss", kind=WEIGHT)
     add("--no-lm-loss", False, "ablation: no language loss (Table 5)")
     add("--no-location-loss", False, "ablation; implies --no-predictor")
     add("--no-predictor", False, "ablation: the weighted mean over heads")
@@ -143,23 +161,43 @@ RECIPE = {
     "log_every": "steps between lines of the log",
     "workers": "subprocesses that make data, 0 for none",
 }
+KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("steps", "accumulate", "save_every", "evaluate_every", "log_every"), COUNT),
+    "lr": RATE,
+    "warmup": FRACTION,
+    "decay": SHARE,
+    "betas": number(0, 0.999999),
+    "weight_decay": number(0, 100),
+    "grad_norm": number(0, open_low=True),
+    "workers": WORKERS,
+}
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def _add_common(parser: Parser, **defaults: Any) -> None:
     """Options of both commands; `defaults` stand in for those of the recipe."""
     add = adder(parser)
-    add("folder", Path, "folder of the run: state, log and weights")
-    add("--seed", 0, "seed of data and weights")
-    add("--device", "auto", "cpu, cuda or cuda:N", "cuda where available")
-    add("--dtype", "auto", "float32 or bfloat16", "bfloat16 with a GPU")
-    add("--threads", 0, "CPU threads", "torch's choice")
+    add("folder", FILE, "folder of the run: state, log and weights")
+    add("--seed", 0, "seed of data and weights", kind=SEED)
+    add("--device", "auto", "cpu, cuda or cuda:N", "cuda where available", kind=DEVICE)
+    add("--dtype", "auto", "float32 or bfloat16", "bfloat16 with a GPU", DTYPES)
+    add("--threads", 0, "CPU threads", "torch's choice", kind=THREADS)
     add = adder(parser.add_argument_group("optimisation"))
     shown = {"steps": "" if defaults["steps"] else "one epoch of a file"}
     more: dict[str, dict[str, Any]] = {"schedule": {"choices": SCHEDULES}, "betas": {"nargs": 2}}
+    # A number of 0 steps stands for one epoch of a file.
+    kinds = KINDS | ({} if defaults["steps"] else {"steps": NATURAL})
     for field in fields(Recipe):
         name, value = field.name, defaults.get(field.name, field.default)
         flag = f"--{name.replace('_', '-')}"
-        add(flag, value, RECIPE[name], shown.get(name, ""), **more.get(name, {}))
+        add(
+            flag,
+            value,
+            RECIPE[name],
+            shown.get(name, ""),
+            kind=kinds.get(name),
+            **more.get(name, {}),
+        )
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:
@@ -169,10 +207,8 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 def _place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     cuda = torch.cuda.is_available()
-    device = torch.device(local_device(args.device))
+    device = find_device(local_device(args.device))
     name = ("bfloat16" if cuda else "float32") if args.dtype == "auto" else args.dtype
-    if name not in ("float32", "bfloat16"):
-        raise UsageError(f"--dtype must be float32 or bfloat16 for training, got {name}")
     return device, getattr(torch, name)
 
 
@@ -235,11 +271,6 @@ def _run(task: TrainTask, args: argparse.Namespace) -> int:
 def _glimpse(args: argparse.Namespace) -> int:
     device, dtype = _place(args)
     engine = load(args.model, device=str(device), dtype=str(dtype)[6:], backend=OPS)
-    for name in ("brief", "token_rate", "threshold"):
-        value = getattr(args, name)
-        if not 0 <= value <= 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option} must be in [0, 1], got {value:g}")
     source = _source(args)
     location = not args.no_location_loss
     losses = LossWeights(args.dice * location, args.bce * location, args.lm * (not args.no_lm_loss))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nanoglimpse.cli import console
 from nanoglimpse.cli.console import Parser, Progress, adder
+from nanoglimpse.cli.kinds import COUNT, NAME, SEED, Kind
 from nanoglimpse.errors import UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.world.canvas import bounding_box
@@ -18,7 +19,20 @@ from nanoglimpse.world.render import render
 from nanoglimpse.world.sheet import Card, contact_sheet, png
 from nanoglimpse.world.types import DOMAINS, QUESTION_KINDS, REQUEST, SPLITS, Picture, Question
 
-MIN_SIDE, SHEET_LIMIT = 168, 48
+MIN_SIDE, MAX_SIDE, SHEET_LIMIT = 168, 4096, 48
+
+
+def _canvas(text: str) -> tuple[int, int]:
+    """Width and height from "448" or "448x336"."""
+    sides = [int(side) for side in text.split("x") if side.isdecimal() and len(side) < 10]
+    if len(sides) != text.count("x") + 1 or len(sides) > 2:
+        raise ValueError
+    if min(sides) < MIN_SIDE or max(sides) > MAX_SIDE:
+        raise ValueError
+    return sides[0], sides[-1]
+
+
+CANVAS = Kind(f"as 448 or 448x336, with sides from {MIN_SIDE} to {MAX_SIDE} pixels", _canvas)
 
 
 def parser() -> Parser:
@@ -30,33 +44,16 @@ def parser() -> Parser:
         quiet=True,
     )
     add = adder(p)
-    add("--out", str, "folder to write to", required=True, metavar="FOLDER")
-    add("--count", 24, "number of pictures", type=_positive)
+    add("--out", NAME, "folder to write to", required=True, metavar="FOLDER")
+    add("--count", 24, "number of pictures", kind=COUNT)
     seed = adder(p.add_mutually_exclusive_group())
-    seed("--seed", int, "seed of the pictures", "the split's first")
+    seed("--seed", SEED, "seed of the pictures", "the split's first")
     seed("--split", "heldout", "split", choices=SPLITS)
     add("--domain", str, "draw this domain only", "all", DOMAINS)
-    add("--canvas", str, "size in pixels, as 448 or 448x336", "various", type=_canvas)
+    add("--canvas", CANVAS, "size in pixels, as 448 or 448x336", "various")
     add("--kinds", str, "kinds of questions", "all", sum(QUESTION_KINDS.values(), ()), nargs="+")
-    add("--questions", int, "limit per picture", "no limit", type=_positive, metavar="N")
+    add("--questions", COUNT, "limit per picture", "no limit", metavar="N")
     return p
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def _canvas(text: str) -> tuple[int, int]:
-    """Width and height from "448" or "448x336"."""
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"must look like 448 or 448x336, got {text}")
-    width, height = int(sides[0]), int(sides[-1])
-    if min(width, height) < MIN_SIDE:
-        raise argparse.ArgumentTypeError(f"sides must be at least {MIN_SIDE} pixels, got {text}")
-    return width, height
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from nanoglimpse.benchmark.contenders import Peer, Static
 from nanoglimpse.engine import Engine
 from nanoglimpse.kvcache.pool import KVPool
 from nanoglimpse.model.decoder import Block
+from tests.helpers.commands import exit_code
 from tests.helpers.tiny import config_dict
 from tests.methods.test_methods import prompt_of
 
@@ -55,7 +56,7 @@ def shape(tmp_path_factory):
 def call(bench, shape, capsys, *more):
     arguments = ["--shape", shape, "--dtype", "float32", "--device", "cpu", "--text", 12]
     arguments += ["--visual-tokens", 24, "--rounds", 1, "--new", 4, *more]
-    code = bench.main([str(argument) for argument in arguments])
+    code = exit_code(bench.main, arguments)
     return code, *capsys.readouterr()
 
 
@@ -265,13 +266,13 @@ def test_accuracy_in_few_bits(bench, shape, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--retain", "0"), "retain"),
-        (("--new", "1"), "new at least 2"),
-        (("--layers", "0"), "rounds, layers, text"),
-        (("--ragged", "4", "0"), "counts"),
+        (("--retain", "0"), "--retain: must be in (0, 1]"),
+        (("--new", "1"), "--new: must be a whole number of at least 2"),
+        (("--layers", "0"), "--layers: must be a whole number of at least 1"),
+        (("--ragged", "4", "0"), "--ragged: must be a whole number of at least 1"),
         (("--ragged", "4", "--plot", "x.png"), "--plot"),
         (("--shape", "no.json"), "no.json"),
-        (("--device", "tpu"), "unknown device"),
+        (("--device", "tpu"), "--device: must be auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_misuse_is_one_line(bench, shape, capsys, options, words):
@@ -295,8 +296,9 @@ def test_products_are_counted_as_torch_counts_them(tiny_folder, method):
         counts = counter.get_flop_counts()["Global"]
         return sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm")), result
 
+    cap = {} if method == "dense" else {"max_ratio": 0.4}
     vision, _ = products(lambda: engine.vision(prompt.patches, prompt.grids))
-    both, prefill = products(lambda: engine.prefill(prompt, method, max_ratio=0.4))
+    both, prefill = products(lambda: engine.prefill(prompt, method, **cap))
     found = cost.count(engine.model, prefill, 0, 1)
     # Windows of 4 × 4 visual tokens in a grid of 6 × 9, and two blocks that see all 216 patches.
     windows = 2 * 64**2 + 2 * 32**2 + 16**2 + 8**2

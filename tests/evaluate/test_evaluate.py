@@ -23,6 +23,7 @@ from nanoglimpse.methods import METHODS
 from nanoglimpse.model.model import Model
 from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, QUESTION_KINDS, SPLITS
 from nanoglimpse.world.__main__ import main as write_world
+from tests.helpers.commands import exit_code
 from tests.helpers.prompts import QUESTION, SCENE
 
 HELDOUT = SPLITS["heldout"].start
@@ -174,7 +175,7 @@ def test_bad_files_are_one_line(name, text, message, tmp_path, capsys):
 
 def test_combinations():
     variants = combine(
-        ["dense", "glimpse", "fastv", "nothing"], ["none", "0.111"], [False, True], "all"
+        ["dense", "glimpse", "fastv", "nothing"], [None, 0.111], [False, True], "all"
     )
     assert [variant.name for variant in variants[:5]] == [
         "dense",
@@ -186,7 +187,7 @@ def test_combinations():
     assert [variant.name for variant in variants[5:]] == [
         f"{variant.name} brief" for variant in variants[:5]
     ]
-    every = combine(["glimpse", "all"], ["0.5"], [False], "all")
+    every = combine(["glimpse", "all"], [0.5], [False], "all")
     assert [variant.method for variant in every[:2]] == ["glimpse", "dense"]
     assert {variant.method for variant in every} == set(METHODS) - {"evs"}
     assert len(every) == len(METHODS) - 1
@@ -195,7 +196,7 @@ def test_combinations():
 
 @pytest.mark.slow
 def test_all_methods_can_be_checked_before_the_work(nano):
-    check_variants(nano, [Variant(name, 0.5) for name in METHODS])
+    check_variants(nano, combine(list(METHODS), [0.5], [False], "all"))
     with pytest.raises(UsageError, match="cannot be reached"):
         check_variants(nano, [Variant("random", 0.1, kv_drop="later")])
 
@@ -443,17 +444,17 @@ def test_another_world_is_other_data():
     [
         (["--methods", "magic"], "unknown method 'magic'"),
         (["--methods", "random"], "need a cap"),
-        (["--ratios", "2"], "ratio must be in (0, 1], got 2"),
-        (["--ratios", "x"], "ratio must be a number or none, got x"),
-        (["--count", "0"], "--count must be at least 1, got 0"),
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--ratios", "2"], "must be in (0, 1], or none, got '2'"),
+        (["--ratios", "x"], "must be in (0, 1], or none, got 'x'"),
+        (["--count", "0"], "--count: must be a whole number of at least 1, got '0'"),
+        (["--batch", "0"], "--batch: must be a whole number of at least 1, got '0'"),
         (["--out", "/dev/null/x"], "cannot be"),
         (["--methods", "random", "--ratios", "0.1", "--kv-drop", "later"], "cannot be reached"),
         (["--judge-url", "http://localhost/v1"], "needs --judge-model"),
     ],
 )
 def test_bad_options_are_one_line(options, message, capsys):
-    assert main([*ARGUMENTS, *options]) in (1, 2)
+    assert exit_code(main, [*ARGUMENTS, *options]) in (1, 2)
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("nanoglimpse: error: ")

@@ -1,7 +1,11 @@
 """The judge, with endpoints that work and endpoints that fail."""
 
 import json
+import re
+import socket
 import threading
+import tracemalloc
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -12,6 +16,7 @@ from nanoglimpse.evaluate.__main__ import main
 from nanoglimpse.evaluate.judge import KEY, Judge, grade, read_score
 from nanoglimpse.evaluate.store import ResultsFile
 from nanoglimpse.world import BRIEF_SUFFIX
+from tests.helpers.commands import exit_code
 
 
 def result(question="q1", reply="The number is 7.", arm="dense", **more):
@@ -52,6 +57,47 @@ class Endpoint:
     def close(self):
         self.server.shutdown()
         self.server.server_close()
+
+
+class Raw:
+    """A server on a socket of 127.0.0.1: `serve` gets a connection whose request has been read."""
+
+    def __init__(self, serve):
+        self.requests = []
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.serve = serve
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+
+    def _answer(self, connection):
+        with connection:
+            self.requests.append(connection.recv(65536))
+            with suppress(OSError):
+                self.serve(connection)
+
+    def close(self):
+        self.socket.close()
+
+
+@pytest.fixture
+def raw():
+    opened = []
+
+    def start(serve):
+        opened.append(Raw(serve))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture
@@ -243,7 +289,157 @@ def test_a_run_that_is_graded(endpoint, tmp_path, capsys):
 def test_bad_options_are_one_line(options, message, tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     ResultsFile.resume(path, {})
-    assert main(["judge", str(path), *options]) == 2
+    assert exit_code(main, ["judge", path, *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+SECRET = "sk-very-secret-1234"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(raw, status, monkeypatch):
+    """Neither the key nor the question goes to another host, and its reply does not count."""
+    monkeypatch.setenv(KEY, SECRET)
+    other = raw(lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n"))
+    head = f"HTTP/1.1 {status} Moved\r\nLocation: {other.url}/x?token={SECRET}\r\n\r\n"
+    server = raw(lambda connection: connection.sendall(head.encode()))
+    with pytest.raises(NanoglimpseError, match=f"{status}, a redirect to {other.url}") as raised:
+        Judge(server.url, "grader", wait=0).verdict(result())
+    assert SECRET not in str(raised.value)
+    assert len(server.requests) == 1
+    assert other.requests == []
+
+
+def test_a_reply_is_bounded_in_bytes(raw):
+    """Also one that states no length, and one that is in chunks."""
+    head = b"HTTP/1.1 200 OK\r\n"
+    many = b" " * 2**20
+
+    def without_end(connection):
+        connection.sendall(head + b"\r\n")
+        for _ in range(64):
+            connection.sendall(many)
+
+    def chunks(connection):
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        for _ in range(64):
+            connection.sendall(b"100000\r\n" + many + b"\r\n")
+
+    for serve in (without_end, chunks):
+        server = raw(serve)
+        tracemalloc.start()
+        with pytest.raises(NanoglimpseError, match="a reply of more than 1048576 bytes"):
+            Judge(server.url, "grader", wait=0, retries=0).verdict(result())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**23
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["status", "headers", "body"])
+def test_a_reply_is_bounded_in_time_as_a_whole(raw, where):
+    """A byte now and then keeps every single read within its own timeout."""
+    sent = {"status": b"", "headers": b"HTTP/1.1 200 OK\r\nX: ", "body": b"HTTP/1.1 200 OK\r\n\r\n"}
+    left = threading.Event()
+
+    def drip(connection):
+        connection.sendall(sent[where])
+        while not left.wait(0.05):
+            connection.sendall(b" ")
+
+    server = raw(drip)
+    done = []
+
+    def ask():
+        try:
+            Judge(server.url, "grader", wait=0, retries=0, timeout=0.5).verdict(result())
+        except NanoglimpseError as error:
+            done.append(str(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(30)
+    left.set()
+    assert len(done) == 1
+    assert "no whole reply in 0.5 s" in done[0]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "[" * 500_000,
+        '{"choices":' * 50_000,
+        '{"choices": [{"message": {"content": 7}}]}',
+        '{"choices": {"0": 1}}',
+        "\udcff".encode("utf-8", "surrogatepass").decode("latin-1"),
+        "null",
+        "1" * 10_000,
+        "",
+    ],
+    ids=["deep", "deep objects", "number", "object", "bytes", "null", "digits", "empty"],
+)
+def test_a_reply_that_is_no_chat_completion_is_an_error_of_the_family(endpoint, reply):
+    server = endpoint(lambda number, body: (200, reply))
+    with pytest.raises(NanoglimpseError, match="is not a chat completion"):
+        judge_of(server, retries=0).verdict(result())
+
+
+def test_no_key_and_no_password_in_any_message(raw, monkeypatch):
+    monkeypatch.setenv(KEY, SECRET)
+    told = raw(lambda c: c.sendall(f"HTTP/1.1 401 No {SECRET} \x1b[2J here\r\n\r\n".encode()))
+    with pytest.raises(NanoglimpseError, match=r"401 No \*\*\*") as raised:
+        Judge(told.url, "grader", wait=0).verdict(result())
+    assert SECRET not in str(raised.value)
+    with_login = told.url.replace("//", "//me:pass%40word@")
+    with pytest.raises(NanoglimpseError, match=r"at http://\*\*\*@127") as raised:
+        Judge(with_login, "grader", wait=0).verdict(result())
+    assert "pass" not in str(raised.value)
+    # The login goes to the endpoint, in place of the key.
+    asked = [request.decode() for request in told.requests]
+    assert [re.search("Authorization: (.*)\r", one)[1] for one in asked] == [
+        f"Bearer {SECRET}",
+        "Basic bWU6cGFzc0B3b3Jk",
+    ]
+    assert re.search("Host: (.*)\r", asked[1])[1] == re.search("Host: (.*)\r", asked[0])[1]
+
+
+@pytest.mark.parametrize("key", [f"{SECRET}\n", f"{SECRET} x", f"{SECRET}é"])
+def test_a_key_that_fits_no_header_is_named_but_not_shown(key, monkeypatch):
+    monkeypatch.setenv(KEY, key)
+    with pytest.raises(UsageError, match=r"the key in \$OPENAI_API_KEY") as raised:
+        Judge("http://localhost:1/v1", "grader")
+    assert "sk-" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1",
+        "http://me:secret@[::1",
+        "http://me:secret@host:port/v1",
+        "http://host:99999/v1",
+        "http://host:0",
+        "http://a b/v1",
+        "http://höst/v1",
+        "http:///v1",
+        "http://:80/v1",
+        "http://host/v1?key=secret",
+        "http://host/v1#x",
+        "http://host/\r\nX: x",
+        "ftp://me:secret@host/v1",
+        "file:///etc/passwd",
+        "",
+        "x" * 300,
+    ],
+)
+def test_an_address_that_is_none_is_one_line(url, tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    ResultsFile.resume(path, {})
+    options = [f"--judge-url={url}", "--judge-model", "x"]
+    assert exit_code(main, ["judge", path, *options]) == 2
+    error = capsys.readouterr().err
+    assert "--judge-url" in error
+    assert error.count("\n") == 1
+    assert "secret" not in error

@@ -17,6 +17,7 @@ from nanoglimpse.cli import options
 from nanoglimpse.kernels.reference.table import TORCH
 from nanoglimpse.kvcache.cache import KVCache
 from nanoglimpse.kvcache.pool import KVPool
+from tests.helpers.commands import exit_code
 from tests.helpers.prompts import ANSWER, QUESTION, SCENE, SCENES
 from tests.helpers.tiny import chat_ids, patches_of
 
@@ -271,7 +272,7 @@ def batch(tmp_path, capsys, monkeypatch, nano):
             loads.clear()
             where = ["--output", self.output] if to_file else []
             arguments = ["--batch-file", self.path, *where, "--max-new-tokens", 12, *options]
-            code = generate.main([str(argument) for argument in arguments])
+            code = exit_code(generate.main, arguments)
             out = capsys.readouterr()
             text = self.output.read_text() if to_file and self.output.exists() else out.out
             return code, [json.loads(line) for line in text.splitlines()], out.err

@@ -31,6 +31,7 @@ from nanoglimpse.methods.base import Needs, PruningMethod
 from nanoglimpse.methods.context import Decision
 from nanoglimpse.model.decoder import Block, run_layers
 from nanoglimpse.model.rope import mrope
+from tests.helpers.commands import exit_code
 from tests.helpers.prompts import QUESTION, SCENE
 from tests.helpers.prompts import SCENES as PICTURES
 from tests.helpers.tiny import EOS, chat_ids, patches_of, write_checkpoint, write_glimpse
@@ -701,7 +702,7 @@ def talk(text, *arguments, monkeypatch, capsys):
     """Exit code, stdout and stderr of a chat whose lines come through a pipe."""
     data = text if isinstance(text, bytes) else text.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
-    code = generate.main(["--chat", *map(str, arguments)])
+    code = exit_code(generate.main, ["--chat", *arguments])
     out = capsys.readouterr()
     return code, out.out, out.err
 
@@ -810,6 +811,12 @@ def test_a_saved_session_is_asked_something(capsys):
 def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, capsys):
     lines = ["/overlay x.png", "/image nope.png", "/image", "/nonsense", "/overlay"]
     lines += ["/save", f"/save {tmp_path}", f"/save {tmp_path}/none/chat"]
+    lines += [
+        "/save " + "x" * 300,
+        "/image a\0b",
+        "/overlay " + "a/" * 3000,
+        "/image ~no-such-user/x.png",
+    ]
     lines += ["word " * 5000, QUESTIONS[0], f"/overlay {tmp_path}"]
     code, out, err = talk(
         "\n".join(lines).encode() + b"\nbad \xff\n",
@@ -825,12 +832,27 @@ def test_errors_are_a_line_and_the_chat_goes_on(nano, tmp_path, monkeypatch, cap
         "unknown command '/nonsense'",
     ]
     words += ["/overlay needs", "/save needs", "session cannot be written", "there is no folder"]
+    words += ["/save: the file must have a name", "/image: the file", "/overlay: the file"]
+    words += ["no picture ~no-such-user"]
     words += ["exceed the context", "is a folder", "not valid Unicode"]
     errors = err.splitlines()
     assert len(errors) == len(words)
     for line, word in zip(errors, words, strict=True):
         assert line.startswith("error: ")
         assert word in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["/quit", " /exit "])
+def test_an_unknown_command_does_not_end_the_chat_and_quit_does(end, nano, monkeypatch, capsys):
+    lines = f"/\x1b[2J {SCENES[0]}\n/hlep\n{QUESTIONS[0]}\n{end}\n{QUESTIONS[1]}\n/image none\n"
+    code, out, err = talk(
+        lines.encode(), *("--image", SCENES[0], "--quiet"), monkeypatch=monkeypatch, capsys=capsys
+    )
+    assert (code, out) == (0, nano.ask(SCENES[0], QUESTIONS[0]).text + "\n")
+    first, second = err.splitlines()
+    assert first.startswith(r"error: unknown command '/\x1b[2J'")
+    assert second.startswith("error: unknown command '/hlep'")
 
 
 @pytest.mark.slow

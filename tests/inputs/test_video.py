@@ -23,6 +23,7 @@ from nanoglimpse.inputs.video import _limits, preprocess_video
 from nanoglimpse.methods import METHODS
 from nanoglimpse.methods.context import SelectionRule
 from tests.helpers import reference
+from tests.helpers.commands import exit_code
 from tests.helpers.tiny import IMAGE, VIDEO, chat_ids, patches_of
 
 SMALL = {"min_pixels": 3136, "max_pixels": 56 * 84}
@@ -521,9 +522,10 @@ MIXED = ((4, CLIP, 1, STILL, 5), (7,), (2, STILL, (2, 4, 4, "video"), 1, STILL, 
 def test_a_batch_with_videos_is_each_prompt_alone(tiny, name):
     prompts = [prompt_of(tiny, parts, seed=seed) for seed, parts in enumerate(MIXED)]
     masks = [torch.arange(int(prompt.visual.sum())) % 3 == 0 for prompt in prompts]
-    together = tiny.prefill_many(prompts, name, evidence=masks, max_ratio=0.3)
+    cap = {} if METHODS[name].budget == "fixed" else {"max_ratio": 0.3}
+    together = tiny.prefill_many(prompts, name, evidence=masks, **cap)
     alone = [
-        tiny.prefill(prompt, name, evidence=[mask], max_ratio=0.3)
+        tiny.prefill(prompt, name, evidence=[mask], **cap)
         for prompt, mask in zip(prompts, masks, strict=True)
     ]
     assert torch.equal(together.kept, torch.cat([one.kept for one in alone]))
@@ -540,7 +542,8 @@ def test_videos_may_be_left_whole_by_every_method(tiny, name):
     prompt = prompt_of(tiny, (2, STILL, 1, CLIP, 1, STILL, 3))
     video = prompt.token_ids[prompt.visual] == VIDEO
     mask = [torch.zeros(len(video), dtype=torch.bool)]
-    prefill = tiny.prefill(prompt, name, max_ratio=0.3, prune_videos=False, evidence=mask)
+    cap = {} if METHODS[name].budget == "fixed" else {"max_ratio": 0.3}
+    prefill = tiny.prefill(prompt, name, prune_videos=False, evidence=mask, **cap)
     assert bool(prefill.kept[video].all())
     if name not in ("dense", "evs"):
         assert not bool(prefill.kept[~video].all())
@@ -580,7 +583,7 @@ def clip(tmp_path):
 
 
 def call(*arguments, capsys):
-    code = generate.main([str(argument) for argument in arguments])
+    code = exit_code(generate.main, arguments)
     out = capsys.readouterr()
     return code, out.out, out.err
 
@@ -622,8 +625,11 @@ def test_the_command_line_takes_videos(clip, tmp_path, capsys, monkeypatch, nano
     [
         (["--video", "none.gif"], "there is no video"),
         (["--video", "film.mp4"], "ffmpeg"),
-        (["--video", "clip.webp", "--fps", "0"], "fps must be in (0, ∞), got 0.0"),
-        (["--video", "clip.webp", "--max-frames", "1"], "max_frames must be at least 2, got 1"),
+        (["--video", "clip.webp", "--fps", "0"], "--fps: must be in (0, 1000], got '0'"),
+        (
+            ["--video", "clip.webp", "--max-frames", "1"],
+            "--max-frames: must be a whole number of at least 2",
+        ),
         (
             ["--video", "clip.webp", "--method", "nothing", "--max-frame-ratio", "0.1"],
             "method nothing does not choose",

@@ -20,6 +20,7 @@ from nanoglimpse.methods.cdpruner import conditional
 from nanoglimpse.methods.context import Decision
 from nanoglimpse.methods.divprune import diverse
 from nanoglimpse.methods.evs import changes, clips
+from nanoglimpse.methods.options import Pruning
 from nanoglimpse.methods.polymorphic import condense, likeness
 from nanoglimpse.methods.prumerge import gain
 from nanoglimpse.methods.similarity import density_peaks, nearest, unit
@@ -49,6 +50,11 @@ def prompt_of(engine, *parts, seed=0):
     return Prompt.from_tokens(ids, patches_of(grids, seed), grids, config=engine.config)
 
 
+def cap(name, ratio):
+    """A cap for a method that has one."""
+    return {} if METHODS[name].budget == "fixed" else {"max_ratio": ratio}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*CAPPED, "pdrop"])
 def test_keeping_all_is_dense(engine, name):
@@ -72,11 +78,38 @@ def test_the_budget_is_met(engine, name, ratio):
         assert ratio * total - 2 <= kept <= max(ratio * total, 2)
         return
     depth, (stop,) = engine.config.text_config.num_hidden_layers, METHODS[name].layers(engine.model)
-    pooled = stop > 0  # before the decoder the quota is per image
-    sizes = [total] if pooled else [h * w // 4 for _, h, w in GRIDS]
-    assert kept == sum(max(int(ratio * size), 1) for size in sizes)
+    assert kept == int(ratio * total)
     expected = (stop + (depth - stop) * kept / total) / depth
     assert prefill.budgets.prefill_ratio == pytest.approx(expected)
+
+
+BY_IMAGE = ["visionzip", "vispruner", "divprune", "cdpruner", "tome", "prumerge", "prumerge+"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_IMAGE)
+@pytest.mark.parametrize("sizes", [(1, 9, 2), (2, 30, 1), (30, 6)], ids=str)
+@pytest.mark.parametrize("ratio", [0.05, 0.3])
+def test_pictures_together_stay_within_the_cap(engine, name, sizes, ratio):
+    """However small some are; and what an earlier one keeps does not depend on a later one."""
+    grids = [(1, 2, 2 * size) for size in sizes]
+    seen, whole = 0, engine.prefill(prompt_of(engine, 3, *grids, 6), name, max_ratio=ratio).kept
+    for count, size in enumerate(sizes, 1):
+        seen += size
+        kept = engine.prefill(prompt_of(engine, 3, *grids[:count], 6), name, max_ratio=ratio).kept
+        assert len(kept) == seen
+        assert int(kept.sum()) <= max(int(ratio * seen), 1)
+        assert BY_IMAGE.index(name) > 4 or int(kept.sum()) == max(int(ratio * seen), 1)
+        if name != "cdpruner":  # which reads the question
+            assert torch.equal(kept, whole[:seen])
+
+
+def test_a_cap_that_changes_nothing_is_refused(engine):
+    for name in ("dense", "oracle", "nothing", "vtw"):
+        with pytest.raises(UsageError, match=rf"\(--max-ratio\) caps method {name}; leave it out"):
+            Pruning(name, max_ratio=0.1)
+    with pytest.raises(UsageError, match="caps method dense"):
+        Pruning(max_ratio=0.1).resolve(replace(engine.model, glimpse=None))
 
 
 @pytest.mark.slow
@@ -88,9 +121,9 @@ def test_a_batch_is_each_prompt_alone(engine, name):
         prompt_of(engine, 1, *GRIDS, 2, seed=2),
     ]
     masks = [torch.arange(sum(h * w // 4 for _, h, w in p.grids)) % 5 == 0 for p in prompts]
-    together = engine.prefill_many(prompts, name, evidence=masks, max_ratio=0.3, seed=[3, 4, 5])
+    together = engine.prefill_many(prompts, name, evidence=masks, seed=[3, 4, 5], **cap(name, 0.3))
     alone = [
-        engine.prefill(p, name, evidence=[m], max_ratio=0.3, seed=seed)
+        engine.prefill(p, name, evidence=[m], seed=seed, **cap(name, 0.3))
         for p, m, seed in zip(prompts, masks, (3, 4, 5), strict=True)
     ]
     assert torch.equal(together.kept, torch.cat([one.kept for one in alone]))
@@ -240,7 +273,7 @@ def test_pruning_inside_a_layer_is_pruning_after_it(engine, monkeypatch, name, k
     """Bit for bit, in a batch; and only what survives goes through the rest of the layer."""
     prompts = [prompt_of(engine, 4, GRIDS[0], 5), prompt_of(engine, 1, *GRIDS, 2, seed=2)]
     masks = [torch.arange(sum(h * w // 4 for _, h, w in p.grids)) % 5 == 0 for p in prompts]
-    options = {"evidence": masks, "max_ratio": 0.8, "kv_drop": kv_drop, "seed": 3}
+    options = {"evidence": masks, "kv_drop": kv_drop, "seed": 3} | cap(name, 0.8)
     rows = []
     (stop,) = METHODS[name].layers(engine.model)
     mlp = engine.decoder.layers[stop - 1].mlp
@@ -501,16 +534,16 @@ def test_prumerge_counts_outliers(name, expected):
     """One of twelve stands out; "+" adds every ⌊12 / 3⌋-th."""
     attention = torch.full((12,), 0.05)
     attention[3] = 0.45
-    chosen = METHODS[name].standing_out(attention, None)
+    chosen = METHODS[name].standing_out(attention)
     assert sorted(chosen.tolist()) == expected
-    assert METHODS[name].standing_out(attention, 0.1).tolist() == [3]
-    assert len(METHODS[name].standing_out(torch.full((5,), 0.2), 0.2)) == 1
+    assert chosen[0] == 3  # so that a cap keeps it
+    assert METHODS["prumerge"].standing_out(torch.full((5,), 0.2)).tolist() == [0]
 
 
 def test_prumerge_outliers_lie_beyond_the_whiskers():
     """Quartiles 2 and 4: 6.5 is high, but only 8 is beyond 4 + 1.5 · 2."""
     attention = torch.tensor([1.0, 2, 2, 3, 3, 4, 4, 6.5, 8])
-    assert METHODS["prumerge"].standing_out(attention, None).tolist() == [8]
+    assert METHODS["prumerge"].standing_out(attention).tolist() == [8]
 
 
 def test_prumerge_gains_by_attention():
@@ -539,7 +572,7 @@ def test_degenerate_pictures(engine, name, grid):
     prompt = prompt_of(engine, 3, grid, 4)
     count = grid[1] * grid[2] // 4
     mask = [torch.ones(count, dtype=torch.bool)]
-    prefill = engine.prefill(prompt, name, max_ratio=0.2, evidence=mask)
+    prefill = engine.prefill(prompt, name, evidence=mask, **cap(name, 0.2))
     assert len(prefill.kept) == count
     assert len(list(engine.decode(prefill, 3, ignore_eos=True))) == 3
 
@@ -551,7 +584,7 @@ def test_equal_tokens(engine, name):
     same = Prompt.from_tokens(
         prompt.token_ids, torch.zeros_like(prompt.patches), prompt.grids, config=engine.config
     )
-    prefill = engine.prefill(same, name, max_ratio=0.25, evidence=[torch.arange(16) < 4])
+    prefill = engine.prefill(same, name, evidence=[torch.arange(16) < 4], **cap(name, 0.25))
     assert int(prefill.kept.sum()) <= 16
     assert bool(torch.isfinite(prefill.logits).all())
 
@@ -910,7 +943,7 @@ LAYOUTS = {
 def test_positions_are_kept_wherever_pictures_stand(engine, name, parts):
     prompt = prompt_of(engine, *parts)
     evidence = [torch.arange(int(prompt.visual.sum())) % 4 == 0]
-    prefill = engine.prefill(prompt, name, max_ratio=0.3, evidence=evidence)
+    prefill = engine.prefill(prompt, name, evidence=evidence, **cap(name, 0.3))
     stays = ~prompt.visual
     stays[prompt.visual] = prefill.kept
     assert torch.equal(prefill.positions, prompt.positions[:, stays])
@@ -936,7 +969,7 @@ SCHEDULES = {
 def test_schedules_by_hand(engine, name):
     """What each layer of six processes, and what decoding finds in the caches."""
     prompt, counts = prompt_of(engine, 3, *GRIDS, 6), SCHEDULES[name]
-    prefill = engine.prefill(prompt, name, max_ratio=0.3)
+    prefill = engine.prefill(prompt, name, **cap(name, 0.3))
     assert [one for (one,) in prefill.processed] == counts
     assert prefill.budgets.prefill_ratio == pytest.approx(sum(counts) / 6 / 74)
     assert prefill.budgets.decode_kv_ratio == pytest.approx(counts[-1] / 74)

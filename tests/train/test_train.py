@@ -49,6 +49,7 @@ from nanoglimpse.train.tokens import make_tokenizer
 from nanoglimpse.weights.glimpse import read_tensors
 from nanoglimpse.world import BRIEF_SUFFIX, DOMAINS, render
 from nanoglimpse.world.types import Thing
+from tests.helpers.commands import exit_code
 from tests.helpers.tiny import TEXT, TOP, VISION, random_tensors, write_checkpoint
 
 SHAPE = {**TOP, **TEXT, "vision_config": VISION}
@@ -855,7 +856,7 @@ BAD = {
     "no domain": (None, ["--data", "world:zoo"], "unknown domain zoo"),
     "no end": (None, ["--data", "world"], "--steps is required"),
     "short": (None, ["--data", "a.jsonl", "--short"], "leave them out for a file"),
-    "share": (None, ["--brief", "2"], "--brief must be in [0, 1], got 2"),
+    "share": (None, ["--brief", "2"], "--brief: must be in [0, 1], got '2'"),
     "share of a file": (None, ["--data", "a.jsonl", "--brief", "1"], "leave them out for a file"),
     "token": (None, ["--data", "world", "--steps", "1", "--token", "7%"], "'7%' is 2"),
     "vectors": (
@@ -868,14 +869,18 @@ BAD = {
         ["--data", "world", "--steps", "1", "--layer", "9"],
         "--layer must be in [1, 6], got 9",
     ),
-    "rule": (None, ["--data", "world", "--threshold", "2"], "--threshold must be in [0, 1], got 2"),
+    "rule": (
+        None,
+        ["--data", "world", "--threshold", "2"],
+        "--threshold: must be in [0, 1], got '2'",
+    ),
     "rate": (
         None,
         ["--data", "world", "--token-rate", "-1"],
-        "--token-rate must be in [0, 1], got -1",
+        "--token-rate: must be in [0, 1], got '-1'",
     ),
     "tap": (None, ["--data", "world", "--steps", "1", "--taps", "9"], "selected_visual_layers"),
-    "dtype": (None, ["--dtype", "float16"], "--dtype must be float32 or bfloat16"),
+    "dtype": (None, ["--dtype", "float16"], "--dtype: invalid choice: 'float16'"),
 }
 
 
@@ -887,7 +892,7 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys, name):
         (tmp_path / "data.jsonl").write_text(content + "\n")
         options = ["--data", str(tmp_path / "data.jsonl")]
     command = ["glimpse", str(tmp_path / "run"), "--model", str(folder), "--device", "cpu"]
-    assert main([*command, *options]) in (1, 2)
+    assert exit_code(main, [*command, *options]) in (1, 2)
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("nanoglimpse: error: ")
