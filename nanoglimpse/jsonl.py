@@ -61,7 +61,7 @@ class Journal:
         rows = []
         for number, line in self._lines():
             try:
-                rows.append((number, parse_json(line.decode())))
+                rows.append((number, parse_json(line.decode(), halves=True)))
             except ValueError:
                 rows.append((number, None))
         return rows

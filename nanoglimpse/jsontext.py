@@ -8,11 +8,15 @@ MAX_DEPTH = 64
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, halves: bool = False) -> Any:
     """The value that a text holds.
 
     Stricter than `json.loads`, which accepts NaN, keeps the last of two equal keys, and returns
     text that cannot be printed or values so deep that whoever walks through them fails.
+
+    Args:
+        text: of one value.
+        halves: accept halves of surrogate pairs, by which Python names files that are not UTF-8.
 
     Raises:
         ValueError: the text is not JSON; the message says why in a few words.
@@ -26,7 +30,7 @@ def parse_json(text: str) -> Any:
         level = [child for node in level for child in _children(node)]
     if level:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-    if _SURROGATE.search(text):
+    if not halves and _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

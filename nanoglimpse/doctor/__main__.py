@@ -18,17 +18,22 @@ from nanoglimpse.version import VERSION
 BATCHES = (1, 3, 16)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 1 where an operation is at fault."""
-    parser = Parser(
+def parser() -> Parser:
+    """The parser of the command line."""
+    p = Parser(
         "nanoglimpse doctor",
         description="Runs pictures of noise through a model with every kernel beside torch, and "
         "says which of them agree. Those at fault are replaced by torch wherever the model is "
         "warmed up, as the other commands do.",
         quiet=True,
     )
-    options.add_shared(parser, "model")
-    return console.run(command, parser, arguments)
+    options.add_shared(p, "model")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 1 where an operation is at fault."""
+    return console.run(command, parser(), arguments)
 
 
 def command(args: argparse.Namespace) -> int:

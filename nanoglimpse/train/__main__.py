@@ -85,9 +85,10 @@ def _parser() -> Parser:
     check = kinds.add_parser("check", help="say what of a file can be trained on, and draw it")
     check.set_defaults(run=check_file, threads=0)
     add = adder(check)
-    add("file", Path, "file of questions with evidence")
-    add("--images", Path, "folder of the pictures", "that of the file")
-    add("--sheet", "check.png", "picture to draw, of the first questions with their boxes")
+    add("file", FILE, "file of questions with evidence")
+    add("--images", FILE, "folder of the pictures", "that of the file")
+    sheet = "picture to draw, of the first questions with their boxes"
+    add("--sheet", "check.png", sheet, kind=NAME)
     return parser
 
 

@@ -79,7 +79,7 @@ def test_every_command_prints_through_the_guard(capsys):
     assert all(line.isprintable() for line in err.splitlines())
     assert "secret" not in err
     assert len(err) < 1000
-    assert "A…A" in err
+    assert "A … A" in err
 
 
 def test_errors_progress_and_misuse_are_escaped(capsys, monkeypatch):

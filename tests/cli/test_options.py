@@ -13,6 +13,7 @@ from nanoglimpse.__main__ import COMMANDS
 from nanoglimpse.cli import ask, console, kinds
 from nanoglimpse.cli.console import Parser, adder
 from nanoglimpse.cli.kinds import Kind
+from nanoglimpse.doctor import __main__ as doctor
 from nanoglimpse.evaluate import __main__ as evaluate
 from nanoglimpse.kernels import report as kernels
 from nanoglimpse.train import __main__ as train
@@ -43,6 +44,7 @@ RUN = {
     "evaluate judge": (evaluate.main, evaluate._judge_parser(), ["r.jsonl"]),
     "world": (world.main, world.parser(), ["--out", "o"]),
     "weights": (weights.main, weights.parser(), ["a", "b"]),
+    "doctor": (doctor.main, doctor.parser(), []),
     "kernels": (kernels.main, Parser("kernels"), []),
     "bench.py": (bench().main, bench().parser(), []),
 }

@@ -23,7 +23,7 @@ from tests.helpers.commands import exit_code
 HOSTILE = "=1+1|\"'><script>alert(1)</script>\x1b]0;x\x07\r\n{{charts}}\udcff\u202e"
 SEEN = {"grid": [2, 4], "boxes": [[0.25, 0.5, 0.75, 1.0]], "cells": "96"}
 SEEN |= {"importance": "00102030405060ff"}
-FULL = result(0, **SEEN, kind="colour", stop=4)
+FULL = result(0, **SEEN, kind="colour", stop=4, outside=False)
 PICTURES = {"picture": "q0", "uri": PIXEL}
 VERDICTS = {"verdict": "j at 0", "arm": "glimpse", "question": "q0", "score": 0.5}
 VERDICTS |= {"understood": True, "said": "ok"}
@@ -81,7 +81,7 @@ def test_hostile_text_acts_nowhere(tmp_path, capsys):
     assert [tag for tag, _ in tags].count("figure") == 2
 
 
-BAD = [None, "", "x", HOSTILE, -1, 2, 0.5, 10**400, 1e400, float("nan"), True, [], {}, [[]]]
+BAD = [None, "", "x", HOSTILE, -1, 2, 0.5, 10**400, 1e31, -1e31, True, [], {}, [[]]]
 BAD += [{"a": "b"}, ["\udcff"], "0" * 9, {"a": {"b": [1] * 3}}]
 LINES = {"result": FULL, "picture": PICTURES, "verdict": VERDICTS}
 FIELDS = [(kind, name) for kind, record in LINES.items() for name in record]
@@ -115,8 +115,19 @@ def test_a_damaged_field_is_named_or_does_no_harm(kind, name, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["[" * 100_000, "null", "[]", "7", '"x"', "{}", '{"options": {}}', "9" * 5000, "\x00", "{"],
-    ids=["deep", "null", "list", "number", "text", "empty", "head", "digits", "nul", "half"],
+    [
+        "[" * 100_000,
+        "null",
+        "[]",
+        "7",
+        '"x"',
+        '{"a": NaN}',
+        "{}",
+        '{"options": {}}',
+        "9" * 5000,
+        "{",
+    ],
+    ids=["deep", "null", "list", "number", "text", "NaN", "empty", "head", "digits", "half"],
 )
 def test_a_damaged_line_is_named(line, tmp_path, capsys):
     path = written(tmp_path, [FULL])
