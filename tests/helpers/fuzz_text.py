@@ -15,6 +15,7 @@ from nanoglimpse.cli.chat import Chat
 from nanoglimpse.cli.options import pruning_of, sampling_of
 from nanoglimpse.evaluate import __main__ as evaluate
 from nanoglimpse.evaluate.judge import Judge
+from nanoglimpse.pictures.picture import source
 from nanoglimpse.train import __main__ as train
 from nanoglimpse.world import __main__ as world
 from tests.helpers.prompts import QUESTION, SCENE
@@ -183,9 +184,8 @@ def chat(rng, folder):
     def call():
         options = {"max_new_tokens": 2}
         session = nano().session([SCENE], max_pixels=12544)
-        return Chat(session, [str(SCENE)], options, lambda line: None, rng.random() < 0.5).run(
-            lines
-        )
+        chat = Chat(session, [source(SCENE)], options, lambda line: None, rng.random() < 0.5)
+        return chat.run(lines)
 
     return call
 
