@@ -11,10 +11,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, GlimpseConfig, load_archive, read_glimpse_config, shown
+from nanoglimpse.config import (
+    Config,
+    GlimpseConfig,
+    as_safetensors,
+    load_archive,
+    read_glimpse_config,
+    shown,
+)
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole_folder
 from nanoglimpse.kernels.interface import Ops
@@ -141,7 +147,7 @@ def save_glimpse(folder: Path, tensors: dict[str, Tensor], config: dict) -> None
             sections[section] = tensor
     pickled = io.BytesIO()
     torch.save(sections, pickled)
-    own = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    own = as_safetensors(tensors, {})
     files = {
         PUBLISHED: pickled.getvalue(),
         OWN: own,

@@ -17,7 +17,7 @@ from nanoglimpse.config.model import (
 from nanoglimpse.config.pixels import PixelConfig, read_pixel_config
 from nanoglimpse.config.schema import read_json, shown
 from nanoglimpse.config.session import read_session_header
-from nanoglimpse.config.tensors import Stored, headers, shards
+from nanoglimpse.config.tensors import Stored, as_safetensors, headers, shards
 from nanoglimpse.config.tokens import read_tokenizer
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Stored",
     "TextConfig",
     "VisionConfig",
+    "as_safetensors",
     "check_glimpse",
     "headers",
     "load_archive",

@@ -1,11 +1,14 @@
 """The safetensors files of a checkpoint, and what their headers say of each tensor."""
 
+import ctypes
+import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,6 +17,18 @@ from nanoglimpse.errors import NanoglimpseError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# In the order in which safetensors writes them: wide ones first, so that each tensor begins at a
+# multiple of the size of its type.
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = Schema({"weight_map": mapping(text(longest=1024), 2**20)}, unknown=ignore)
 
@@ -103,3 +118,26 @@ def _opened(file: Path) -> Iterator[Any]:
         raise NanoglimpseError(
             f"{file} is corrupt or cannot be read: {shown(str(error))}"
         ) from None
+
+
+def as_safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The content of a safetensors file: https://github.com/huggingface/safetensors#format.
+
+    As `safetensors.torch.save`, which needs NumPy.
+    """
+    order = list(DTYPES)
+    names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
+    parts, end = [], 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name in names:
+        own = tensors[name].detach().cpu().contiguous()
+        begin, end = end, end + own.nbytes
+        parts.append(ctypes.string_at(own.data_ptr(), own.nbytes) if own.nbytes else b"")
+        header[name] = {
+            "dtype": DTYPES[own.dtype],
+            "shape": list(own.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from nanoglimpse.config import read_session_header, shown
+from nanoglimpse.config import as_safetensors, read_session_header, shown
 from nanoglimpse.errors import NanoglimpseError, UsageError
 from nanoglimpse.files import write_whole
 from nanoglimpse.inference.prefix import HEADROOM, Prefix, SharedLayers
@@ -81,8 +80,7 @@ def save_session(model: Model, data: SessionData, path: Path) -> None:
         "grids": data.prompt.grids,
     }
     metadata = {"format": FORMAT, **_identity(model), "told": json.dumps(settings)}
-    tensors = {name: tensor.contiguous() for name, tensor in _tensors(data).items()}
-    write_whole(path, save(tensors, metadata))
+    write_whole(path, as_safetensors(_tensors(data), metadata))
 
 
 def _identity(model: Model) -> dict[str, str]:

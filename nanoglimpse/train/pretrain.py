@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from nanoglimpse.config import Config, parse_config, read_config
+from nanoglimpse.config import Config, as_safetensors, parse_config, read_config
 from nanoglimpse.data.qa import QA, Example, draw_questions
 from nanoglimpse.errors import NanoglimpseError
 from nanoglimpse.files import write_whole
@@ -339,7 +338,7 @@ class BaseTask:
         side = config.patch_size
         shape = (-1, config.in_channels, config.temporal_patch_size, side, side)
         tensors[name] = tensors[name].view(shape)
-        write_whole(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+        write_whole(folder / "model.safetensors", as_safetensors(tensors, {"format": "pt"}))
 
 
 def checkpoint_tensors(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

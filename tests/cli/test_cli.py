@@ -173,26 +173,27 @@ def test_an_overlay_of_a_dense_or_text_answer(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_interrupting_keeps_what_was_said(tmp_path):
-    """Ctrl-C while answering: the text so far, the statistics, no traceback, exit code 130."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_keeps_what_was_said(tmp_path, number):
+    """While answering: the text so far, the statistics, no traceback, the shell's exit code."""
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import signal, time\nfrom nanoglimpse import engine\n"
+        "import signal, time\nfrom nanoglimpse.model.decoder import Decoder\n"
         "from nanoglimpse.cli import ask as generate\n"
         # A shell's background jobs, and what they start, ignore it otherwise.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "step = engine.Decoder.step\n"
+        "step = Decoder.step\n"
         "def late(self, *a):\n    time.sleep(0.2)\n    return step(self, *a)\n"
-        "engine.Decoder.step = late\n"
+        "Decoder.step = late\n"
         "raise SystemExit(generate.main([]))\n"
     )
     run = subprocess.Popen(
         [sys.executable, "-u", str(slow)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     said = run.stdout.read(8)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 130
+    assert run.returncode == 128 + number
     text = (said + out).decode()
     assert ANSWER.startswith(text.strip())
     assert 8 <= len(text.strip()) < len(ANSWER)

@@ -916,13 +916,13 @@ def read_until(terminal, words, seconds=60):
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import signal, time\nfrom nanoglimpse import engine\n"
+        "import signal, time\nfrom nanoglimpse.model.decoder import Decoder\n"
         "from nanoglimpse.cli import ask as generate\n"
         # A shell's background jobs, and what they start, ignore it otherwise.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "step = engine.Decoder.step\n"
+        "step = Decoder.step\n"
         "def late(self, *a):\n    time.sleep(0.2)\n    return step(self, *a)\n"
-        "engine.Decoder.step = late\n"
+        "Decoder.step = late\n"
         f"raise SystemExit(generate.main(['--chat', '--image', {str(SCENES[1])!r}]))\n"
     )
     child, terminal = pty.fork()

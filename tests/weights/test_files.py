@@ -3,20 +3,26 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from nanoglimpse import NanoglimpseError, load
+from nanoglimpse.config import as_safetensors
 from nanoglimpse.weights.checkpoint import Checkpoint
 from nanoglimpse.weights.glimpse import read_tensors
+from tests.helpers.prompts import SCENE
 from tests.helpers.tiny import config_dict, write_checkpoint
 from tests.model.test_parity import close, hf_inputs, prompt_of
 from tests.test_config import nested
 
+ROOT = Path(__file__).parents[2]
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 PARTS = (4, (1, 12, 18), 5)
 
@@ -241,3 +247,45 @@ def test_archives_are_checked_before_they_are_read(published, damage):
     with pytest.raises(NanoglimpseError, match=ARCHIVES[damage]) as caught:
         read_tensors(published)
     assert "\n" not in str(caught.value)
+
+
+def test_written_tensors_are_those_of_safetensors():
+    """To the byte, with any order of names, types and layouts."""
+    tensors = {
+        "b": torch.randn(3, 5),
+        "é": torch.randn(7).bfloat16(),
+        "a": torch.randn(4, 6).T,
+        "count": torch.arange(3),
+        "mask": torch.tensor([True, False]),
+        "none": torch.empty(0, 4, dtype=torch.float16),
+        "one": torch.tensor(2.5),
+    }
+    for metadata in ({"format": "pt"}, {}):
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        assert as_safetensors(tensors, metadata) == save(whole, metadata or None)
+
+
+WITHOUT_NUMPY = """
+import json, sys
+sys.modules["numpy"] = None
+from pathlib import Path
+from nanoglimpse import load
+from nanoglimpse.weights.glimpse import read_tensors, save_glimpse
+from nanoglimpse.weights.hub import EMBEDDED
+picture, folder = sys.argv[1:]
+engine = load("nano")
+engine.session(picture).save(Path(folder, "s"))
+print(engine.load_session(Path(folder, "s")).ask("Which number?", max_new_tokens=2).token_ids)
+own = EMBEDDED["nano"] / "glimpse"
+config = json.loads((own / "config.json").read_text())
+save_glimpse(Path(folder, "glimpse"), read_tensors(own)[1], config)
+load("nano", glimpse=Path(folder, "glimpse"))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_needs_numpy(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_NUMPY, str(SCENE), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[")
