@@ -72,7 +72,8 @@ COUNT, NATURAL = whole(1), whole(0)
 SEED = whole(0, INT64)
 # Shares of which 0 makes no sense, and those of which it does.
 SHARE, FRACTION = number(0, 1, open_low=True), number(0, 1)
-RATE, WEIGHT = number(0, 100, open_low=True), number(0)
+# A rate of 0 trains nothing, which is a control.
+RATE, WEIGHT = number(0, 100), number(0)
 THREADS, WORKERS = whole(0, 1024), whole(0, 256)
 # Pictures of 16,384 × 16,384 pixels have 340,000 visual tokens.
 PIXELS = whole(1, 2**28)

@@ -862,7 +862,7 @@ BAD = {
     "vectors": (
         None,
         ["--data", "world", "--steps", "1", "--le-layers", "1"],
-        "le_layers (1,) must be layers of the model, 0 among them",
+        "le_layers (1,) must be different layers of the model, 0 among them",
     ),
     "layer": (
         None,
