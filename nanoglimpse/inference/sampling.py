@@ -9,6 +9,9 @@ from torch import Tensor
 from nanoglimpse.errors import UsageError
 from nanoglimpse.kernels.varlen import upload
 
+# Between the seeds of the samples of a prompt: 2**64 over the golden ratio.
+SPREAD = 0x9E3779B97F4A7C15
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -20,6 +23,8 @@ class Sampling:
         top_k: sample from the k most likely tokens; 0 for all.
         repetition_penalty: divides the logits of tokens seen before, or multiplies negative ones.
         seed: makes sampling repeatable, with the same result in a batch as alone.
+        samples: how many prompts in a row of a batch are the same prompt, asked for several
+            answers; sample i of them draws from a generator of (seed, i).
     """
 
     temperature: float = 0.0
@@ -27,6 +32,7 @@ class Sampling:
     top_k: int = 0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    samples: int = 1
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -37,6 +43,17 @@ class Sampling:
             raise UsageError(f"top_k must be at least 0, got {self.top_k}")
         if not 0 < self.repetition_penalty < float("inf"):
             raise UsageError(f"repetition_penalty must be in (0, ∞), got {self.repetition_penalty}")
+        if self.samples < 1:
+            raise UsageError(f"samples must be at least 1, got {self.samples}")
+
+    def generator(self, row: int, device: torch.device) -> torch.Generator:
+        """What a prompt of a batch draws from; sample 0 draws as a single answer does."""
+        generator, sample = torch.Generator(device), row % self.samples
+        if self.seed is None:
+            generator.seed()
+            return generator
+        # A CPU generator reads the lower 32 bits of a seed, in which this odd number has no period.
+        return generator.manual_seed((self.seed + sample * SPREAD) % 2**64 if sample else self.seed)
 
 
 class Sampler:
@@ -46,9 +63,9 @@ class Sampler:
         self, sampling: Sampling, prompts: Sequence[Tensor], vocab: int, device: torch.device
     ):
         self.sampling = sampling
-        self.generators = [torch.Generator(device) for _ in prompts]
-        for generator in self.generators:
-            generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        if len(prompts) % sampling.samples:
+            raise UsageError(f"{len(prompts)} prompts are not groups of {sampling.samples} samples")
+        self.generators = [sampling.generator(row, device) for row in range(len(prompts))]
         self.seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)
