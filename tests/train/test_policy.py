@@ -234,6 +234,8 @@ def test_advantages_are_relative_to_the_group():
         rtol=1e-3,
         atol=0.0,
     )
+    alone = group_advantages(rewards[:1], normalise=True)
+    torch.testing.assert_close(group_advantages(rewards, normalise=True)[:1], alone)
     with pytest.raises(UsageError, match="2 samples or more"):
         group_advantages(torch.ones(4, 1))
 
