@@ -25,6 +25,8 @@ class Sampling:
         top_k: sample from the k most likely tokens; 0 for all.
         repetition_penalty: divides the logits of tokens seen before, or multiplies negative ones.
         seed: makes sampling repeatable, with the same result in a batch as alone.
+        samples: how many prompts in a row of a batch are the same prompt, asked for several
+            answers; sample i of them draws from a generator of (seed, i).
 
     Raises:
         UsageError: a value is outside its range.
@@ -35,6 +37,7 @@ class Sampling:
     top_k: int | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
+    samples: int = 1
 
     def __post_init__(self):
         temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
@@ -46,6 +49,8 @@ class Sampling:
             raise UsageError(f"top_k must be at least 0, got {self.top_k}")
         if penalty is not None and not 0 < penalty < float("inf"):
             raise UsageError(f"repetition_penalty must be in (0, ∞), got {penalty}")
+        if self.samples < 1:
+            raise UsageError(f"samples must be at least 1, got {self.samples}")
 
     def over(self, base: "Sampling") -> "Sampling":
         """These fields, and those of `base` where they are unset."""
@@ -61,7 +66,7 @@ class Sampling:
 
     def shared(self, base: "Sampling") -> tuple[str, ...]:
         """The fields that `base` has set, to the same value."""
-        names = [field.name for field in fields(self)]
+        names = [field.name for field in fields(self) if field.name != "samples"]
         return tuple(n for n in names if None is not getattr(base, n) == getattr(self, n))
 
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from nanoglimpse.config import Sampling
-from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.errors import NanoglimpseError, UsageError
 
 # In place of a token where the logits are not finite. The host learns of it when it reads tokens.
 NOT_FINITE = -1
+
+# Between the seeds of the samples of a prompt: 2**64 over the golden ratio.
+SPREAD = 0x9E3779B97F4A7C15
 
 
 def check_finite(tokens: Iterable[int], dtype: torch.dtype) -> None:
@@ -25,6 +28,17 @@ def check_finite(tokens: Iterable[int], dtype: torch.dtype) -> None:
         raise NanoglimpseError(f"the logits are not finite, so the answer ends here: {remedy}")
 
 
+def generator_of(sampling: Sampling, row: int, device: torch.device) -> torch.Generator:
+    """What a prompt of a batch draws from; sample 0 draws as a single answer does."""
+    generator, sample = torch.Generator(device), row % sampling.samples
+    if sampling.seed is None:
+        generator.seed()
+        return generator
+    # A CPU generator reads the lower 32 bits of a seed, in which this odd number has no period.
+    spread = (sampling.seed + sample * SPREAD) % 2**64
+    return generator.manual_seed(spread if sample else sampling.seed)
+
+
 class Sampler:
     """Chooses the tokens of B sequences, and records them for a repetition penalty."""
 
@@ -32,9 +46,9 @@ class Sampler:
         self, sampling: Sampling, prompts: Sequence[Tensor], vocab: int, device: torch.device
     ):
         self.temperature, self.top_p, self.top_k, self.penalty = sampling.values()
-        self.generators = [torch.Generator(device) for _ in prompts]
-        for generator in self.generators:
-            generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+        if len(prompts) % sampling.samples:
+            raise UsageError(f"{len(prompts)} prompts are not groups of {sampling.samples} samples")
+        self.generators = [generator_of(sampling, row, device) for row in range(len(prompts))]
         self.seen: Tensor | None = None
         if self.penalty != 1:
             self.seen = torch.zeros(len(prompts), vocab, dtype=torch.bool, device=device)

@@ -130,6 +130,8 @@ class Scheduler:
             raise UsageError(f"max_batch_tokens must be at least 1, got {max_batch_tokens}")
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        if sampling is not None and sampling.samples != 1:
+            raise UsageError("samples of a prompt run in step; decode them with decode_many")
         self.model, self.processor, self.queries = model, processor, enumerate(queries)
         self.prompt, self.prefill, self.graphs = prompt, prefill, graphs
         self.limit, self.headroom = max_batch_tokens, max_new_tokens

@@ -3,3 +3,7 @@
 The engine's modules are trained unchanged. The trainer only replaces their attention, so that
 several questions share one picture, and their cache, since nothing has to be kept.
 """
+
+from nanoglimpse.train.policy import policy_loss, reply_log_probs
+
+__all__ = ["policy_loss", "reply_log_probs"]

@@ -286,9 +286,39 @@ def test_a_seeded_batch_draws_as_each_prompt_alone(tiny):
         assert [step[number] for step in steps] == alone
 
 
+def test_samples_of_a_prompt_differ_and_the_first_is_the_single_answer(tiny):
+    prompts = [prompt_of(tiny, n, seed=n) for n in (4, 9)]
+    one = Sampling(temperature=1.5, seed=3)
+    group = replace(one, samples=8)
+    batch = [prompt for prompt in prompts for _ in range(8)]
+    steps = list(tiny.decode_many(tiny.prefill_many(batch), 15, True, group))
+    replies = list(zip(*steps, strict=True))
+    for number, prompt in enumerate(prompts):
+        samples = replies[8 * number : 8 * number + 8]
+        assert len(set(samples)) == 8
+        assert list(samples[0]) == list(tiny.decode(tiny.prefill(prompt), 15, True, one))
+        alone = tiny.decode_many(tiny.prefill_many([prompt] * 8), 15, True, group)
+        assert samples == list(zip(*alone, strict=True))
+
+
+def test_samples_need_whole_groups(tiny):
+    prefill = tiny.prefill_many([prompt_of(tiny, 4)] * 3)
+    with pytest.raises(UsageError, match="3 prompts are not groups of 2 samples"):
+        next(tiny.decode_many(prefill, 4, sampling=Sampling(samples=2)))
+    with pytest.raises(UsageError, match="decode_many"):
+        tiny.answers([], sampling=Sampling(samples=2))
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"samples": 0},
+    ],
     ids=str,
 )
 def test_sampling_refuses_nonsense(options):
