@@ -12,10 +12,11 @@ from nanoglimpse.kvcache.cache import KVCache, Reserved, Storage
 class DeviceKVCache(Storage):
     """The memory of a cache, with the verbs that a decode step uses; nothing waits for the host.
 
-    A sequence that is not in use writes to the last row of the memory, and stays at its length.
+    A sequence that is not in use writes to the last row of the memory, and attends to the one
+    before.
 
     Args:
-        cache: the memory, at least two rows.
+        cache: the memory, whose last two rows are free for that.
         batch: number of sequences B; none is in use at first.
 
     Attributes:
@@ -33,6 +34,7 @@ class DeviceKVCache(Storage):
         # Each begins at a multiple of 16 bytes, or Triton would compile a variant for some B.
         self.state = cache.k.new_empty(3, -(-batch // 4) * 4, dtype=torch.int32)
         self.starts, self.lengths, self.grows = self.state[:, :batch]
+        cache.k[:, -2:], cache.v[:, -2:] = 0, 0
         self.count([], [])
 
     def count(self, starts: Sequence[int], lengths: Sequence[int]) -> None:

@@ -12,12 +12,12 @@ class KVPool(KVCache):
     """A cache of fixed size in which every sequence owns one contiguous span of rows.
 
     Spans are given first fit. A sequence that finds no gap waits until neighbouring spans are free;
-    since sequences are admitted in order, the pool drains and every sequence is admitted. A row
-    after all spans is for captured steps (`DeviceKVCache`).
+    since sequences are admitted in order, the pool drains and every sequence is admitted. Two
+    rows after all spans are for captured steps (`DeviceKVCache`).
     """
 
     def __init__(self, rows: int, like: KVCache):
-        room, position = [rows + 1], like.next_position[:0]
+        room, position = [rows + 2], like.next_position[:0]
         super().__init__(like.config, like.layers, room, position, like.k, like.ops)
         self.size, self.capacity, self.starts, self.lengths = rows, [], [], []
 

@@ -116,9 +116,9 @@ def test_sequences_out_of_use_write_beside_a_full_pool():
     device = DeviceKVCache(pool, 3)
     device.load(pool)
     for row in (3, 4):
-        assert device.reserve([1]).rows.tolist() == [row, 5, 5]
-    assert pool.k.shape[1] == 6
+        assert device.reserve([1]).rows.tolist() == [row, 6, 6]
+    assert pool.k.shape[1] == 7
     assert device.lengths.tolist() == [5, 1, 1]
     pool.release([], torch.tensor([], dtype=torch.int64))
     device.load(pool)
-    assert device.reserve([1]).rows.tolist() == [5, 5, 5]
+    assert device.reserve([1]).rows.tolist() == [6, 6, 6]
