@@ -2,11 +2,14 @@
 
 from nanoglimpse.config.adapter import AdapterConfig, Layer, read_adapter_config
 from nanoglimpse.config.archive import load_archive
-from nanoglimpse.config.generation import GREEDY, UNSET, Generation, Sampling, read_generation
+from nanoglimpse.config.generation import Generation, read_generation
 from nanoglimpse.config.model import (
     ANCHORS,
+    GREEDY,
+    UNSET,
     Config,
     GlimpseConfig,
+    Sampling,
     TextConfig,
     VisionConfig,
     check_glimpse,

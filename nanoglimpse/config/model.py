@@ -9,7 +9,7 @@ released model; without them a file of a few bytes could ask for a model of bill
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from nanoglimpse.config.schema import (
     whole,
     words,
 )
-from nanoglimpse.errors import NanoglimpseError
+from nanoglimpse.errors import NanoglimpseError, UsageError
 
 
 @dataclass(frozen=True)
@@ -412,3 +412,65 @@ def check_glimpse(base: Config, glimpse: GlimpseConfig, where: str) -> None:
     """Raises a NanoglimpseError if the glimpse configuration does not fit that of the model."""
     for mistake in _glimpse_mistakes(base, glimpse):
         raise NanoglimpseError(f"{where}: {mistake}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. A field that is None is unset.
+
+    `Engine.ask` and `Engine.stream` take unset fields from the checkpoint's generation_config.json;
+    everywhere else, and without that file, they are those of `GREEDY`.
+
+    Attributes:
+        temperature: sampling temperature; 0 always takes the most likely token.
+        top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from the k most likely tokens; 0 for all.
+        repetition_penalty: divides the logits of tokens seen before, or multiplies negative ones.
+        seed: makes sampling repeatable, with the same result in a batch as alone.
+        samples: how many prompts in a row of a batch are the same prompt, asked for several
+            answers; sample i of them draws from a generator of (seed, i).
+
+    Raises:
+        UsageError: a value is outside its range.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    samples: int = 1
+
+    def __post_init__(self):
+        temperature, top_p, penalty = self.temperature, self.top_p, self.repetition_penalty
+        if temperature is not None and not 0 <= temperature < float("inf"):
+            raise UsageError(f"temperature must be in [0, ∞), got {temperature}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise UsageError(f"top_p must be in (0, 1], got {top_p}")
+        if self.top_k is not None and self.top_k < 0:
+            raise UsageError(f"top_k must be at least 0, got {self.top_k}")
+        if penalty is not None and not 0 < penalty < float("inf"):
+            raise UsageError(f"repetition_penalty must be in (0, ∞), got {penalty}")
+        if self.samples < 1:
+            raise UsageError(f"samples must be at least 1, got {self.samples}")
+
+    def over(self, base: "Sampling") -> "Sampling":
+        """These fields, and those of `base` where they are unset."""
+        names = [field.name for field in fields(self)]
+        both = {name: (getattr(self, name), getattr(base, name)) for name in names}
+        return Sampling(**{n: theirs if own is None else own for n, (own, theirs) in both.items()})
+
+    def values(self) -> tuple[float, float, int, float]:
+        """Temperature, top_p, top_k and repetition penalty; those of `GREEDY` where unset."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
+        return self.temperature or 0.0, top_p, self.top_k or 0, penalty
+
+    def shared(self, base: "Sampling") -> tuple[str, ...]:
+        """The fields that `base` has set, to the same value."""
+        names = [field.name for field in fields(self) if field.name != "samples"]
+        return tuple(n for n in names if None is not getattr(base, n) == getattr(self, n))
+
+
+UNSET = Sampling()
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)

@@ -103,7 +103,7 @@ def test_one_graph_serves_all_questions(engines):
     assert storage(own) == before
     # Another batch, and a longer prompt, need others; the larger one then serves both lengths.
     [*engine.decode_many(prefill(engine, *PROMPTS[:2]), 2, True)]
-    long = prefill(engine, (CAPACITY - 10,), method="dense")
+    long = prefill(engine, (CAPACITY - 10,), method="dense", max_ratio=None)
     expected, ours = ([*e.decode_many(long, 12, True)] for e in engines)
     assert ours == expected
     assert [(g.batch, g.capacity) for g in engine.graphs.idle] == [(2, CAPACITY), (1, 2 * CAPACITY)]
