@@ -51,30 +51,6 @@ class Engine(ModelHolder):
         captured = model.ops.graph_safe and model.device.type == "cuda"
         self.model, self.graphs = model, DecodeGraphPool(model) if captured else None
 
-    def warm_up(
-        self, pruning: PruningLike = None, batches: Collection[int] = (1,), rows: int = 1024
-    ) -> list[OpCheck]:
-        """Compiles, checks and captures on a GPU what answers would wait for. CPUs need none of it.
-
-        Args:
-            pruning: what the answers will use, as `prefill_many`.
-            batches: numbers of prompts that will be answered together.
-            rows: what the longest of them needs in the cache, with its answer.
-
-        Returns:
-            Each kernel beside torch's result; those at fault are no longer used.
-        """
-
-        def prefill(model: Model) -> Callable[..., Prefill]:
-            return Engine(model, self.processor).prefill_many
-
-        chosen = resolve(self.model, pruning, {})
-        model, checks = check_ops(self.model, self.processor, prefill, chosen, batches)
-        self._take(model)
-        if self.graphs is not None:
-            self.graphs.prepare(batches, rows)
-        return checks
-
     def prompt(
         self, images: Visual | Sequence[Visual], question: str | Sequence[Visual], **options: Any
     ) -> Prompt:
@@ -281,3 +257,27 @@ class Engine(ModelHolder):
         """
         data = load_session(self.model, Path(path))
         return Session(self.model, self.processor, self.prefill_many, self.decode, data)
+
+    def warm_up(
+        self, pruning: PruningLike = None, batches: Collection[int] = (1,), rows: int = 1024
+    ) -> list[OpCheck]:
+        """Compiles, checks and captures on a GPU what answers would wait for. CPUs need none of it.
+
+        Args:
+            pruning: what the answers will use, as `prefill_many`.
+            batches: numbers of prompts that will be answered together.
+            rows: what the longest of them needs in the cache, with its answer.
+
+        Returns:
+            Each kernel beside torch's result; those at fault are no longer used.
+        """
+
+        def prefill(model: Model) -> Callable[..., Prefill]:
+            return Engine(model, self.processor).prefill_many
+
+        chosen = resolve(self.model, pruning, {})
+        model, checks = check_ops(self.model, self.processor, prefill, chosen, batches)
+        self._take(model)
+        if self.graphs is not None:
+            self.graphs.prepare(batches, rows)
+        return checks
